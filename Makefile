@@ -1,0 +1,53 @@
+# Each target is enough by itself on a fresh clone: it sets up .venv first (again only when the requirements change).
+
+PY := .venv/bin/python
+SETUP := sh scripts/setup_venv.sh
+# The suite is run by as many processes as there are cores, so each computes on one thread
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+PYTEST_ARGS ?=
+
+.PHONY: help quickstart test lint format constraints clean
+
+help:
+	@echo "make quickstart   fine-tune the tiny model in examples/ and look at what it learned"
+	@echo "make test         lint, then the whole test suite (also on the GPU, where there is one)"
+	@echo "make lint         ruff and import-linter"
+	@echo "make format       rewrite the sources as ruff formats them"
+	@echo "make constraints  write constraints.txt from what is installed in .venv"
+	@echo "make clean        remove .venv, caches and outputs"
+
+quickstart:
+	@$(SETUP)
+	$(PY) -m fastft_jax.sft --config configs/quickstart.yaml
+
+test: lint
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		echo "tests on the GPU"; \
+		env $(TEST_ENV) XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu tests/gpu $(PYTEST_ARGS); \
+		code=$$?; [ $$code -eq 0 ] || [ $$code -eq 5 ] || exit $$code; \
+	fi
+	env $(TEST_ENV) JAX_PLATFORMS=cpu $(PY) -m pytest -n auto --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+
+lint:
+	@$(SETUP) test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+
+format:
+	@$(SETUP) test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# Not what CUDA brings (torch and jax each ask for their own versions of it), and not the installers
+constraints:
+	@$(SETUP) test
+	@{ echo "# Versions the tests ran with; written by 'make constraints'."; \
+	  $(PY) -m pip freeze --exclude-editable | grep '==' | \
+	  grep -viE '^(nvidia-|cuda-|jax-cuda|jax-triton|triton|fastft-jax|pip=|uv=|setuptools=|wheel=)'; } > constraints.draft
+	@mv constraints.draft constraints.txt
+	@echo "constraints.txt: $$(grep -c '==' constraints.txt) versions"
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist outputs *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,158 @@
+"""The sections of a run's YAML file beside `training` (which is `SFTConfig`): model, lora, data, export."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from fastft_jax.trainers.options import (
+    AtLeastOne,
+    Elsewhere,
+    NotBuilt,
+    NotNegative,
+    Options,
+    PathText,
+    Texts,
+    whole,
+)
+
+_FROZEN_BASE = NotBuilt("the base is NF4 (load_in_4bit) or stays in dtype")
+_SERVING = NotBuilt("training does not go through a serving engine")
+_ADAPTERS = NotBuilt("the adapter is plain LoRA or rsLoRA, of one rank, on linear layers")
+
+
+class ModelSection(Options):
+    """Arguments of `FastLanguageModel.from_pretrained`."""
+
+    secrets: ClassVar[frozenset[str]] = frozenset({"token"})
+    known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = {
+        "name": Elsewhere("model_name"),
+        "path": Elsewhere("model_name"),
+        "model_name_or_path": Elsewhere("model_name"),
+        "torch_dtype": Elsewhere("dtype"),
+        "load_in_16bit": Elsewhere("load_in_4bit: false, and dtype"),
+        "use_gradient_checkpointing": Elsewhere("lora.use_gradient_checkpointing"),
+        "device_map": NotBuilt("a run uses one device, which JAX chooses"),
+        "trust_remote_code": NotBuilt("code from a model's repository is never run"),
+        "attn_implementation": NotBuilt("each operation's implementation is chosen for the device"),
+        "use_exact_model_name": NotBuilt("a model's name is never exchanged for another"),
+        **dict.fromkeys(("load_in_fp8", "qat_scheme", "float32_mixed_precision", "quantization_config"), _FROZEN_BASE),
+        **dict.fromkeys(("fast_inference", "gpu_memory_utilization", "float8_kv_cache", "max_lora_rank"), _SERVING),
+        **dict.fromkeys(("fix_tokenizer", "resize_model_vocab"), NotBuilt("tokenizer and vocabulary are left as is")),
+        **dict.fromkeys(("offload_embedding", "unsloth_tiled_mlp"), NotBuilt("see lora.use_gradient_checkpointing")),
+        "text_only": NotBuilt("only text models are supported"),
+    }
+
+    model_name: PathText
+    """A local folder in Hugging Face format, or a hub id; also the folder of a PEFT adapter, to train on."""
+    max_seq_length: AtLeastOne = 2048
+    """Longest row. It never changes the rotary embedding."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of activations and unquantised weights; null: bfloat16 on a GPU, float32 on a CPU."""
+    load_in_4bit: bool = True
+    """Keep the base's linear layers in NF4 with double quantisation."""
+    load_in_8bit: bool = False
+    full_finetuning: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    """Replaces config.json's."""
+    token: Annotated[str | None, Field(repr=False)] = None
+    """Hugging Face token for gated models; better kept in HF_TOKEN. Never printed or stored."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    random_state: NotNegative = 3407
+
+
+class LoraSection(Options):
+    """Arguments of `FastLanguageModel.get_peft_model`."""
+
+    known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = {
+        **dict.fromkeys(("rank", "lora_r"), Elsewhere("r")),
+        "alpha": Elsewhere("lora_alpha"),
+        "dropout": Elsewhere("lora_dropout"),
+        "seed": Elsewhere("random_state"),
+        "gradient_checkpointing": Elsewhere("use_gradient_checkpointing"),
+        "finetune_last_n_layers": Elsewhere("layers_to_transform"),
+        **dict.fromkeys(("use_dora", "target_parameters", "rank_pattern", "alpha_pattern", "lora_bias"), _ADAPTERS),
+        **dict.fromkeys(("exclude_modules", "layers_pattern", "layer_replication", "qat_scheme"), _ADAPTERS),
+        **dict.fromkeys(("ensure_weight_tying", "trainable_token_indices"), _ADAPTERS),
+        **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), NotBuilt("written into the adapter as is")),
+        "temporary_location": NotBuilt("nothing is spilled to disk"),
+    }
+
+    r: AtLeastOne = 16
+    """Rank."""
+    target_modules: str | Texts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    """Linear layers to adapt: names, "all-linear", or a regular expression over module paths."""
+    lora_alpha: Annotated[int | float, Field(gt=0)] = 16
+    """The adapter is scaled by lora_alpha / r (rsLoRA: lora_alpha / sqrt(r))."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_gradient_checkpointing: bool | str | dict[str, str] = "auto"
+    """What the backward pass computes again: none, selective, full, offload, auto, or a table of residual names."""
+    random_state: NotNegative = 3407
+    use_rslora: bool = False
+    modules_to_save: Texts | None = None
+    """Modules trained in full beside the adapter: embed_tokens, lm_head."""
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[Annotated[int, BeforeValidator(whole)]] | int | None = None
+    loftq_config: dict[str, Any] | None = None
+
+    @field_validator("use_gradient_checkpointing")
+    @classmethod
+    def _policy(cls, value: Any) -> Any:
+        from fastft_jax.models.remat import resolve_policy  # imports jax, so only for a value that was given
+
+        resolve_policy(value)
+        return value
+
+
+class DataSection(Options):
+    """Where rows come from. How they become tokens is SFTConfig's, and may be written in this section."""
+
+    known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = {
+        "format": Elsewhere("data_format"),
+        "dataset": Elsewhere("path"),
+        "dataset_name": Elsewhere("path"),
+        "subset": Elsewhere("name"),
+        "train_path": Elsewhere("path"),
+        "max_seq_length": Elsewhere("max_length, or model.max_seq_length"),
+        "num_proc": NotBuilt("rows are tokenized in the process"),
+        "streaming": NotBuilt("rows are tokenized once, before training"),
+        "dataset_text_field": NotBuilt("plain text is read from the column text; rename the column"),
+    }
+
+    path: PathText
+    """A local json, jsonl, parquet, csv or txt file, a hub id, or tfds:NAME."""
+    name: str | None = None
+    """Subset (configuration) of a hub dataset."""
+    split: str | None = None
+    """Split, such as train or train[:1000]; null: train, or the only one."""
+    eval_path: PathText | None = None
+    """Rows to evaluate on; null with eval_split: those of path."""
+    eval_name: str | None = None
+    eval_split: str | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Or: hold out this share of path's rows, drawn with training.seed."""
+
+    @model_validator(mode="after")
+    def _one_way_to_evaluate(self) -> "DataSection":
+        if self.eval_fraction is not None and (self.eval_path or self.eval_split):
+            raise ValueError("eval_fraction holds out rows of path; leave out eval_path and eval_split, or it")
+        if self.eval_name is not None and not (self.eval_path or self.eval_split):
+            raise ValueError("eval_name is given without eval_path or eval_split")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.eval_path or self.eval_split or self.eval_fraction)
+
+
+class ExportSection(Options):
+    """What is written when training ends: the adapter, in output_dir."""
+
+    known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = dict.fromkeys(
+        ("save_method", "merged", "gguf", "quantization_method", "push_to_hub"),
+        NotBuilt("the adapter folder is the one export; peft's merge_and_unload merges it"),
+    )
+
+    verify: bool = True
+    """Read the adapter back and compare it with the model, byte for byte."""

@@ -1,0 +1,339 @@
+"""FastLanguageModel: load a Hugging Face model, add LoRA, look at it, generate, save the adapter."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastft_jax.convert import peft
+from fastft_jax.convert.hf import load_decoder, read_config
+from fastft_jax.convert.hub import resolve_model
+from fastft_jax.convert.peft_names import PREFIX
+from fastft_jax.convert.tokenizer import load_tokenizer
+from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.models import generate, lora
+from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.families.names import NameTable
+from fastft_jax.models.families.registry import config_from_hf
+from fastft_jax.models.remat import Policy, resolve_policy
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FastLanguageModel:
+    """A causal language model on the device: a frozen base and, once added, a LoRA adapter.
+
+    Made by `from_pretrained`; the names of methods and arguments are those of Unsloth and PEFT.
+    """
+
+    def __init__(self, decoder: Decoder, names: NameTable, hf_config: dict, *, name: str, max_seq_length: int):
+        self.decoder = decoder
+        self.names = names
+        self.hf_config = hf_config
+        self.name_or_path = name
+        self.max_seq_length = max_seq_length
+        self.peft_config: dict[str, Any] | None = None
+        self.adapter_path: Path | None = None  # where a loaded adapter came from
+        self.remat_policy: str | Policy = "auto"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str | Path,
+        max_seq_length: int = 2048,
+        dtype: str | Any | None = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        full_finetuning: bool = False,
+        rope_scaling: dict | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        random_state: int = 3407,
+        is_trainable: bool = True,
+    ) -> tuple["FastLanguageModel", Any]:
+        """(model, tokenizer) from a local folder or a hub id: a base model, or a PEFT adapter with its base.
+
+        dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
+        load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
+        The tokenizer is None, with a warning, where the folder has no tokenizer files.
+        Raises CheckpointError for a folder that cannot be used, NotImplementedError for options not built yet.
+        """
+        for option, value in (("load_in_8bit", load_in_8bit), ("full_finetuning", full_finetuning)):
+            if value:
+                raise NotImplementedError(f"{option}=True is not built yet")
+        if max_seq_length < 1:
+            raise ConfigError(f"max_seq_length={max_seq_length} must be at least 1")
+        folder = resolve_model(str(model_name), revision=revision, token=token)
+        if (folder / peft.CONFIG).exists():
+            if not is_trainable:
+                raise NotImplementedError("is_trainable=False is not built yet")
+            return cls._from_adapter(
+                folder,
+                max_seq_length=max_seq_length,
+                dtype=dtype,
+                load_in_4bit=load_in_4bit,
+                rope_scaling=rope_scaling,
+                token=token,
+                random_state=random_state,
+            )
+        values = read_config(folder)
+        if rope_scaling is not None:
+            values = {k: v for k, v in values.items() if k != "rope_parameters"} | {
+                "rope_theta": values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta"),
+                "rope_scaling": rope_scaling,
+            }
+        config, names = config_from_hf(values)
+        if max_seq_length > config.max_position_embeddings and config.rope.rope_type == "default":
+            warnings.warn(
+                f"max_seq_length={max_seq_length} is beyond the {config.max_position_embeddings} positions this model "
+                "was trained for; its rotary embedding is left as it is (pass rope_scaling to change it)",
+                stacklevel=2,
+            )
+        decoder = load_decoder(folder, config, names, dtype=_dtype(dtype), load_in_4bit=load_in_4bit)
+        model = cls(decoder, names, values, name=str(model_name), max_seq_length=max_seq_length)
+        return model, load_tokenizer(folder)
+
+    @classmethod
+    def _from_adapter(cls, folder: Path, **options) -> tuple["FastLanguageModel", Any]:
+        config, tensors = peft.read_adapter(folder)
+        base = config.get("base_model_name_or_path")
+        if not base:
+            raise CheckpointError(f"{folder / peft.CONFIG} does not name its base model")
+        seed = options.pop("random_state")
+        try:
+            model, tokenizer = cls.from_pretrained(base, revision=config.get("revision"), **options)
+        except CheckpointError as error:
+            raise CheckpointError(f"the base of adapter {folder} cannot be loaded: {error}") from error
+        model._attach(config, seed, init=True)
+        model._take_tensors(folder, tensors)
+        model.adapter_path = folder
+        own = load_tokenizer(folder, warn=False)
+        return model, tokenizer if own is None else own
+
+    @staticmethod
+    def get_peft_model(
+        model: "FastLanguageModel",
+        r: int = 16,
+        target_modules: Sequence[str] | str = DEFAULT_TARGETS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: str | bool | Policy = "auto",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        layers_to_transform: Sequence[int] | int | None = None,
+        loftq_config: dict | None = None,
+    ) -> "FastLanguageModel":
+        """Add a LoRA adapter to the model, in place, and return it. Arguments as in PEFT's LoraConfig."""
+        if model.peft_config is not None:
+            raise ConfigError("this model has an adapter already; load the base again to start another")
+        if loftq_config:
+            raise NotImplementedError("loftq_config is not built yet")
+        if init_lora_weights not in lora.INITIALISATIONS:
+            raise NotImplementedError(f"init_lora_weights={init_lora_weights!r} is not built yet")
+        if not (isinstance(r, int) and r >= 1):
+            raise ConfigError(f"r={r!r} must be a whole number of at least 1")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout={lora_dropout} must be at least 0 and less than 1")
+        if bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"bias={bias!r} is not one of none, all, lora_only")
+        policy = resolve_policy(use_gradient_checkpointing)
+        paths = model._linear_paths()
+        if target_modules == "all-linear":
+            target_modules = peft.condense_targets(peft.match_targets("all-linear", paths), paths)
+        config = peft.adapter_config(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            target_modules=target_modules,
+            modules_to_save=list(modules_to_save) if modules_to_save else None,
+            use_rslora=use_rslora,
+            layers_to_transform=[layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform,
+            init_lora_weights=init_lora_weights,
+            base_model_name_or_path=model.name_or_path,
+        )
+        model._attach(config, random_state, init=init_lora_weights)
+        model.remat_policy = policy
+        return model
+
+    def _linear_paths(self) -> list[str]:
+        """Hugging Face's paths of every linear module, the head among them."""
+        head = self.names.hf_name("lm_head.weight").removesuffix(".weight")
+        return [*(site.hf_path for site in lora.sites(self.decoder, self.names)), head]
+
+    def _attach(self, config: dict[str, Any], seed: int, init: bool | str) -> None:
+        found = peft.unsupported(config, ())
+        if found:
+            raise NotImplementedError(f"the adapter asks for {', '.join(found)}, which is not built yet")
+        all_sites = list(lora.sites(self.decoder, self.names))
+        matched = peft.match_targets(
+            config["target_modules"],
+            self._linear_paths(),
+            config["layers_to_transform"],
+            config["layers_pattern"],
+            config["exclude_modules"],
+            config["modules_to_save"],
+        )
+        if matched[-1] == self._linear_paths()[-1]:
+            raise NotImplementedError("LoRA on lm_head is not built yet; modules_to_save=['lm_head'] trains it whole")
+        chosen = set(matched)
+        lora.add_lora(
+            self.decoder,
+            [site for site in all_sites if site.hf_path in chosen],
+            r=config["r"],
+            scaling=lora.lora_scaling(config["r"], config["lora_alpha"], config["use_rslora"]),
+            dropout=config["lora_dropout"],
+            init=init,
+            seed=seed,
+        )
+        if config["bias"] != "none":
+            lora.train_biases(self.decoder, config["bias"])
+        lora.save_modules(self.decoder, config["modules_to_save"] or ())
+        self.peft_config = config
+
+    def _take_tensors(self, folder: Path, tensors: dict[str, np.ndarray]) -> None:
+        ours = {self._peft_name(name): name for name in lora.trainable_tensors(self.decoder, self.names)}
+        missing, unexpected = sorted(ours.keys() - tensors.keys()), sorted(tensors.keys() - ours.keys())
+        if missing or unexpected:
+            what = f"lacks {missing[0]!r}" if missing else f"holds {unexpected[0]!r}, which nothing here takes"
+            raise CheckpointError(f"adapter {folder} {what} ({len(missing)} missing, {len(unexpected)} unexpected)")
+        mine = lora.trainable_tensors(self.decoder, self.names)
+        for name, path in ours.items():
+            if tensors[name].shape != mine[path].shape:
+                raise CheckpointError(
+                    f"adapter {folder}: {name!r} has shape {list(tensors[name].shape)}, "
+                    f"the base model wants {list(mine[path].shape)}"
+                )
+        lora.set_trainable_tensors(self.decoder, self.names, {path: tensors[name] for name, path in ours.items()})
+
+    def _peft_name(self, name: str) -> str:
+        """PEFT's tensor name for one of ours."""
+        if not name.endswith(".bias"):
+            return f"{PREFIX}{name}"
+        module = name.removesuffix(".bias")
+        adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.linear.adapted}
+        return peft.bias_name(module, adapted=module in adapted)
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = True) -> None:
+        """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors, atomically."""
+        if self.peft_config is None:
+            raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
+        tensors = lora.trainable_tensors(self.decoder, self.names)
+        peft.write_adapter(
+            Path(folder),
+            self.peft_config,
+            {self._peft_name(name): np.asarray(value) for name, value in tensors.items()},
+            overwrite=overwrite,
+        )
+
+    def continue_adapter(self, lora_options: dict[str, Any], given: set[str]) -> None:
+        """Train a loaded adapter on: what shapes it is as it was saved, how it is trained may be chosen anew.
+
+        lora_options: get_peft_model's arguments; `given` names those the user wrote. Raises ConfigError for one that
+        contradicts the adapter.
+        """
+        self.remat_policy = resolve_policy(lora_options["use_gradient_checkpointing"])
+        for key in sorted(given - {"use_gradient_checkpointing", "random_state", "init_lora_weights", "loftq_config"}):
+            wanted, has = lora_options[key], self.peft_config[key]
+            if (set(wanted) if isinstance(wanted, list) else wanted) != (set(has) if isinstance(has, list) else has):
+                raise ConfigError(f"lora.{key}={wanted!r}, but the adapter {self.adapter_path} was made with {has!r}")
+
+    def verify_adapter(self, folder: str | Path) -> str:
+        """Read an adapter folder back and compare it with the live model; says so in a line.
+
+        Every tensor must be equal to the bit, and so must the logits of a fixed row. Raises CheckpointError if not.
+        """
+        config, tensors = peft.read_adapter(folder)
+        mine = lora.trainable_tensors(self.decoder, self.names)
+        for name, value in mine.items():
+            stored = tensors.get(self._peft_name(name))
+            if stored is None or not np.array_equal(stored, np.asarray(value)):
+                raise CheckpointError(f"{folder}: {self._peft_name(name)!r} is not what was trained")
+        clone = FastLanguageModel(
+            nnx.merge(*nnx.split(self.decoder)), self.names, self.hf_config, name=self.name_or_path, max_seq_length=1
+        )
+        clone.peft_config = config
+        clone._take_tensors(Path(folder), tensors)
+        row = np.arange(16)[None] % self.decoder.config.vocab_size
+        difference = float(jnp.abs(clone(row) - self(row)).max())
+        if difference != 0.0:
+            raise CheckpointError(f"{folder}: logits differ by {difference:.3g} from the live model's")
+        return f"{len(mine)} tensors of {folder} are equal to the bit, max |logit difference| {difference:.1f}"
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any | None = None,
+        positions: Any | None = None,
+        segment_ids: Any | None = None,
+    ) -> Float[Array, "B T V"]:
+        """float32 logits of every position.
+
+        input_ids int [B, T]; attention_mask [B, T], 0 for padding; segment_ids [B, T] number the documents of a packed
+        row (0 for padding); positions default to 0..T-1, as in transformers.
+        """
+        ids = jnp.asarray(input_ids, jnp.int32)
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, T], not of shape {list(ids.shape)}")
+        vocab = self.decoder.config.vocab_size
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise ValueError(f"input_ids hold ids outside the model's vocabulary of {vocab}")
+        segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        if attention_mask is not None:
+            mask = (jnp.asarray(attention_mask) != 0).astype(jnp.int32)
+            segments = mask if segments is None else segments * mask
+        positions = None if positions is None else jnp.asarray(positions, jnp.int32)
+        definition, state = nnx.split(self.decoder)
+        return _logits(definition, state, ids, positions, segments)
+
+    def generate(self, prompts: list[list[int]], **options) -> list[list[int]]:
+        """New token ids after each prompt; options as in `fastft_jax.models.generate.generate`."""
+        return generate.generate(self.decoder, prompts, **options)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; a quantised weight counts as the matrix it stands for."""
+        trainable = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.decoder, nnx.Param)))
+        return trainable, trainable + sum(_logical_sizes(self.decoder))
+
+    def print_trainable_parameters(self) -> None:
+        """PEFT's line: how many parameters train, of how many."""
+        trainable, total = self.num_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(definition, state, ids, positions, segment_ids):
+    decoder = nnx.merge(definition, state)
+    return decoder.logits(decoder.hidden_states(ids, positions, segment_ids))
+
+
+def _logical_sizes(decoder: Decoder) -> Iterable[int]:
+    for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Not(nnx.Param))):
+        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        if dataclasses.is_dataclass(value):
+            yield value.codes.shape[0] * int(np.prod(value.shape))
+        else:
+            yield value.size
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    name = name.removeprefix("torch.").removeprefix("jnp.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,90 @@
+"""What a decoder is: every number and switch that changes its maths, as data.
+
+Axes, everywhere in this project: B batch, T query position, S key position, D model width, N query heads, K key/value
+heads, H head width, F feed-forward width, V vocabulary, R LoRA rank, L layers, G quantisation blocks.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding frequencies and their scaling; field names as in Hugging Face's `rope_parameters`."""
+
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"
+    max_position_embeddings: int = 2048
+    original_max_position_embeddings: int | None = None
+    factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder-only language model; a family is a function from `config.json` to this."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    layer_windows: tuple[int | None, ...]  # one a layer: the sliding window in tokens, None for full attention
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def segments(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Layers grouped for scanning: `segments[s][p]` are the layer indices at place p of segment s's pattern.
+
+        Layers of one place share their static structure, so their weights are stacked and scanned; a segment is the
+        shortest pattern that repeats, e.g. one segment ((0, 2, 4), (1, 3, 5)) for local/global attention in turn.
+        """
+        return plan_segments(self.layer_windows)
+
+    def place_of(self, layer: int) -> tuple[int, int, int]:
+        """(segment, place in the pattern, row in the stack) of a layer index."""
+        for s, segment in enumerate(self.segments):
+            for p, layers in enumerate(segment):
+                if layer in layers:
+                    return s, p, layers.index(layer)
+        raise IndexError(f"layer {layer} of {self.num_hidden_layers}")
+
+
+def plan_segments(kinds: tuple) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Cut a sequence of layer kinds into segments, each a pattern repeated: greedily the longest, then the shortest."""
+    segments, start = [], 0
+    while start < len(kinds):
+        rest = kinds[start:]
+        covered, period = max(
+            ((_repeats(rest, period) * period, period) for period in range(1, len(rest) + 1)),
+            key=lambda option: (option[0] if option[1] == 1 or option[0] > option[1] else 0, -option[1]),
+        )
+        segments.append(tuple(tuple(range(start + p, start + covered, period)) for p in range(period)))
+        start += covered
+    return tuple(segments)
+
+
+def _repeats(kinds: tuple, period: int) -> int:
+    """How often the first `period` kinds repeat from the start."""
+    n = 1
+    while kinds[n * period : (n + 1) * period] == kinds[:period]:
+        n += 1
+    return n

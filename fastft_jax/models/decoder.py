@@ -1,0 +1,208 @@
+"""The one decoder: embedding, scanned layers, final norm; every family is a DecoderConfig of it.
+
+A decoder is an nnx container. Training splits it once, `nnx.split(decoder, nnx.Param, ...)`, into what is trained (LoRA
+and modules_to_save) and what is frozen, and merges the two again inside the compiled step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from fastft_jax.models.attention import Attention, KVCache, Sequence
+from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.layers import Embedding, Linear, RMSNorm
+from fastft_jax.models.mlp import GatedMLP
+from fastft_jax.models.remat import LAYER_INPUT, Policy, checkpoint_layer
+from fastft_jax.models.rope import rope_tables
+
+# path inside a layer or the decoder, its shape, the layers to stack (None: not in a layer) -> array or quantised array
+LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
+
+DROPOUT_KEYS_A_LAYER = 7  # one for each linear
+
+
+class Loader(NamedTuple):
+    """Asks a LoadFn for the tensors of one place in the decoder."""
+
+    fn: LoadFn
+    layers: tuple[int, ...] | None = None
+
+    def __call__(self, path: str, shape: tuple[int, ...]):
+        return self.fn(path, shape, self.layers)
+
+    def linear(self, path: str, n: int, k: int, bias: bool) -> Linear:
+        return Linear(self(f"{path}.weight", (n, k)), self(f"{path}.bias", (n,)) if bias else None)
+
+
+class DecoderLayer(nnx.Module):
+    """`h = x + attention(norm(x)); y = h + mlp(norm(h))`."""
+
+    def __init__(self, config: DecoderConfig, load: Loader):
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(load("input_layernorm.weight", (d,)), eps)
+        self.self_attn = Attention(config, load, config.layer_windows[load.layers[0]])
+        self.post_attention_layernorm = RMSNorm(load("post_attention_layernorm.weight", (d,)), eps)
+        self.mlp = GatedMLP(config, load)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], seq: Sequence, cache: KVCache | None = None, key: Array | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        keys = None if key is None else jax.random.split(key, DROPOUT_KEYS_A_LAYER)
+        with jax.named_scope("attention"):
+            out, cache = self.self_attn(self.input_layernorm(x), seq, cache, None if keys is None else keys[:4])
+        x = checkpoint_name(x + out, "mid_residual")
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_attention_layernorm(x), None if keys is None else keys[4:]), cache
+
+
+class Decoder(nnx.Module):
+    """A causal language model without its loss. `segments[s][p]` holds the stacked layers of one place."""
+
+    def __init__(self, config: DecoderConfig, load: LoadFn, dtype):
+        self.config, self.dtype = config, dtype
+        top = Loader(load)
+        self.embed_tokens = Embedding(top("embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+        self.segments = nnx.List(
+            nnx.List(DecoderLayer(config, Loader(load, layers)) for layers in segment) for segment in config.segments
+        )
+        self.norm = RMSNorm(top("norm.weight", (config.hidden_size,)), config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        head = None if tied else top.linear("lm_head", config.vocab_size, config.hidden_size, False)
+        self.lm_head = nnx.data(head)  # a tied head is None, until modules_to_save unties it
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        max_segments: int | None = None,
+        max_document_length: int | None = None,
+        policy: str | Policy = "none",
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states, after the last norm, in the compute dtype.
+
+        segment_ids 0 marks padding, which is never attended to; equal ids in a row are one document, and documents do
+        not see each other. max_segments and max_document_length bound them, for kernels that want to know (static).
+        positions default to 0..T-1. `policy` names what the backward pass recomputes.
+        """
+        x, cos, sin = self._start(input_ids, positions)
+        seq = Sequence(cos, sin, segment_ids, max_segments, max_document_length)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hidden_layers)
+        for segment, layers in zip(self.segments, self.config.segments, strict=True):
+            leaves, merge = _stacked(segment)
+            picked = None if keys is None else [keys[jnp.array(rows)] for rows in layers]
+
+            def body(x, xs, merge=merge):
+                leaves, place_keys = xs
+                x = checkpoint_name(x, LAYER_INPUT)
+                for p, layer in enumerate(merge(leaves)):
+                    x, _ = layer(x, seq, None, None if place_keys is None else place_keys[p])
+                return x, None
+
+            x, _ = jax.lax.scan(checkpoint_layer(body, policy), x, (leaves, picked))
+        return self.norm(x)
+
+    def map_layers(
+        self,
+        fn: Callable[[Float[Array, "B T D"]], Array],
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Array:
+        """`fn` of the embedding's output and of every layer's, stacked [L + 1, ...]: for looking inside."""
+        x, cos, sin = self._start(input_ids, positions)
+        seq = Sequence(cos, sin, segment_ids)
+        seen = [fn(x)[None]]
+        for segment in self.segments:
+            leaves, merge = _stacked(segment)
+
+            def body(x, leaves, merge=merge):
+                outputs = []
+                for layer in merge(leaves):
+                    x, _ = layer(x, seq)
+                    outputs.append(fn(x))
+                return x, jnp.stack(outputs)
+
+            x, outputs = jax.lax.scan(body, x, leaves)
+            seen.append(outputs.reshape(-1, *outputs.shape[2:]))
+        return jnp.concatenate(seen)
+
+    def decode(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        kv_segment_ids: Int[Array, "B S"],
+        q_offset: Int[Array, ""] | int,
+        caches: list[list[KVCache]],
+    ) -> tuple[Float[Array, "B T D"], list[list[KVCache]]]:
+        """Hidden states of new tokens that follow `q_offset` cached ones, and the caches with the new ones written.
+
+        kv_segment_ids is 1 where the cache holds (or receives) a token that may be attended to, 0 elsewhere.
+        """
+        x, cos, sin = self._start(input_ids, positions)
+        seq = Sequence(cos, sin, segment_ids, kv_segment_ids=kv_segment_ids, q_offset=q_offset)
+        new = []
+        for segment, segment_caches in zip(self.segments, caches, strict=True):
+            leaves, merge = _stacked(segment)
+
+            def body(x, xs, merge=merge):
+                leaves, layer_caches = xs
+                written = []
+                for layer, cache in zip(merge(leaves), layer_caches, strict=True):
+                    x, cache = layer(x, seq, cache)
+                    written.append(cache)
+                return x, written
+
+            x, written = jax.lax.scan(body, x, (leaves, segment_caches))
+            new.append(written)
+        return self.norm(x), new
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits (the embedding itself when tied)."""
+        return self.head_variable().get_value()
+
+    def head_variable(self) -> nnx.Variable:
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """float32 logits of every position given."""
+        weight = self.head_weight().astype(hidden.dtype)
+        return jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
+
+    def empty_caches(self, batch: int, length: int) -> list[list[KVCache]]:
+        """Zeroed caches for `length` tokens, stacked as the layers are: k and v [L, B, S, K, H]."""
+        c = self.config
+
+        def empty(layers: tuple[int, ...]) -> KVCache:
+            shape = (len(layers), batch, length, c.num_key_value_heads, c.head_dim)
+            return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+        return [[empty(layers) for layers in segment] for segment in c.segments]
+
+    def _start(self, input_ids, positions):
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        return self.embed_tokens(input_ids, self.dtype), *rope_tables(self.config.rope, self.config.head_dim, positions)
+
+
+def _stacked(segment: nnx.List) -> tuple[list, Callable[[list], list[DecoderLayer]]]:
+    """The arrays of a segment's places, to be scanned, and the function that rebuilds the layers from one slice."""
+    definitions, leaves = [], []
+    for place in segment:
+        place = nnx.merge(*nnx.split(place))  # own containers, same arrays: expand() must not reach the caller's model
+        rows = place.input_layernorm.weight.get_value().shape[0]
+        for _, module in nnx.iter_modules(place):
+            if isinstance(module, Linear):
+                module.expand(rows)
+        definition, state = nnx.split(place)
+        definitions.append(definition)
+        leaves.append(state)
+    return leaves, lambda slices: [nnx.merge(d, s) for d, s in zip(definitions, slices, strict=True)]

@@ -1,0 +1,46 @@
+"""Which families there are: `model_type` in config.json -> the module that describes it."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastft_jax.errors import CheckpointError
+from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.families.hf_config import HFConfig
+from fastft_jax.models.families.names import NameTable
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]:
+    """The decoder and the tensor names that a `config.json` describes; CheckpointError for what is not supported."""
+    hf = HFConfig(values)
+    if hf.model_type not in FAMILIES:
+        remote = " It also asks for trust_remote_code, which is never run here." if "auto_map" in values else ""
+        raise CheckpointError(
+            f"config.json: model_type={hf.model_type!r} is not supported (supported: {', '.join(FAMILIES)}).{remote}"
+        )
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method")
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
+        )
+    family = importlib.import_module(f"fastft_jax.models.families.{hf.model_type}")
+    config = family.config_from_hf(hf)
+    hf.finish()
+    _check(config)
+    return config, family.NAMES
+
+
+def _check(config: DecoderConfig) -> None:
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads={config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
+    if config.head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim={config.head_dim} is odd; rotary embedding pairs its elements")
+    if len(config.layer_windows) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"config.json: layer_types has {len(config.layer_windows)} entries for {config.num_hidden_layers} layers"
+        )

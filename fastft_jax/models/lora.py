@@ -1,0 +1,176 @@
+"""LoRA on a decoder: which linears, how they start, how many parameters train. Everything as PEFT does it.
+
+Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastft_jax.errors import ConfigError
+from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.families.names import NameTable
+from fastft_jax.models.layers import Linear
+
+SAVEABLE = ("embed_tokens", "lm_head")
+INITIALISATIONS = (True, False, "gaussian")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One Hugging Face module as our decoder holds it: a row of a stacked linear."""
+
+    hf_path: str  # model.layers.3.self_attn.q_proj
+    path: str  # self_attn.q_proj
+    linear: Linear
+    row: int
+
+
+def sites(decoder: Decoder, names: NameTable) -> Iterator[Site]:
+    """Every linear inside the layers, in layer order."""
+    for layer in range(decoder.config.num_hidden_layers):
+        s, p, row = decoder.config.place_of(layer)
+        for path, linear in layer_linears(decoder.segments[s][p]):
+            yield Site(names.hf_name(f"{path}.weight", layer).removesuffix(".weight"), path, linear, row)
+
+
+def layer_linears(layer: nnx.Module) -> list[tuple[str, Linear]]:
+    """(path, linear) of one layer's linears."""
+    found = [(".".join(map(str, path)), m) for path, m in nnx.iter_modules(layer) if isinstance(m, Linear)]
+    return sorted(found, key=lambda item: item[0])
+
+
+def add_lora(
+    decoder: Decoder,
+    targets: Sequence[Site],
+    *,
+    r: int,
+    scaling: float,
+    dropout: float = 0.0,
+    init: bool | str = True,
+    seed: int = 3407,
+) -> None:
+    """Attach float32 A [rows, R, K] and B [rows, N, R] to the targets' linears, in place.
+
+    init True: A ~ U(-1/sqrt(K), 1/sqrt(K)) (kaiming-uniform with a = sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r^2),
+    B = 0; False: A as for True, B ~ U(-1/sqrt(r), 1/sqrt(r)), so that the adapter acts from the start.
+    """
+    by_linear: dict[int, list[Site]] = {}
+    for site in targets:
+        by_linear.setdefault(id(site.linear), []).append(site)
+    keys = jax.random.split(jax.random.key(seed), len(by_linear))
+    for key, group in zip(keys, by_linear.values(), strict=True):
+        linear, rows = group[0].linear, tuple(sorted(site.row for site in group))
+        n, k = linear.weight.get_value().shape[-2:]
+        a, b = _initial(key, init, len(rows), r, n, k)
+        linear.lora_A, linear.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        linear.scaling, linear.dropout = scaling, dropout
+        linear.adapted_rows = None if len(rows) == _stack_size(linear) else rows
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _initial(key, init, rows: int, r: int, n: int, k: int) -> tuple[Array, Array]:
+    key_a, key_b = jax.random.split(key)
+    if init == "gaussian":
+        a = jax.random.normal(key_a, (rows, r, k)) / r
+    else:
+        a = jax.random.uniform(key_a, (rows, r, k), minval=-1, maxval=1) / math.sqrt(k)
+    if init is False:
+        return a, jax.random.uniform(key_b, (rows, n, r), minval=-1, maxval=1) / math.sqrt(r)
+    return a, jnp.zeros((rows, n, r))
+
+
+def train_biases(decoder: Decoder, bias: str) -> None:
+    """`bias="all"`: every bias of the layers trains; "lora_only": those of adapted linears. float32 from here on."""
+    for segment in decoder.segments:
+        for place in segment:
+            for _, linear in layer_linears(place):
+                if linear.bias is None or (bias == "lora_only" and not linear.adapted):
+                    continue
+                rows = linear.adapted_rows if bias == "lora_only" else None
+                values = linear.bias.get_value().astype(jnp.float32)
+                linear.trained_bias = nnx.Param(values if rows is None else values[jnp.array(rows)])
+                linear.trained_bias_rows = rows
+                if rows is None:
+                    linear.bias = None
+
+
+def save_modules(decoder: Decoder, modules: Sequence[str]) -> None:
+    """Train the embedding or the head whole, in float32. A tied pair is untied: PEFT trains a copy of the one named."""
+    for name in modules:
+        if name not in SAVEABLE:
+            raise ConfigError(f"modules_to_save={name!r} is not one of {', '.join(SAVEABLE)}")
+    if decoder.lm_head is None and modules:
+        decoder.lm_head = Linear(decoder.embed_tokens.weight.get_value())
+    for name in modules:
+        module = getattr(decoder, name)
+        # A copy even when it is float32 already: the trainer donates what it trains, and must not free the base.
+        module.weight = nnx.Param(jnp.array(module.weight.get_value(), jnp.float32, copy=True))
+
+
+def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
+
+
+def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Array, "..."]]:
+    """What is trained, by Hugging Face module path: `<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R], and
+    `<path>.bias`, `embed_tokens` and `lm_head` weights under their own names."""
+    out: dict[str, Array] = {}
+    for site in sites(decoder, names):
+        linear = site.linear
+        at = _position(linear.adapted_rows, site.row)
+        if linear.adapted and at is not None:
+            out[f"{site.hf_path}.lora_A.weight"] = linear.lora_A.get_value()[at]
+            out[f"{site.hf_path}.lora_B.weight"] = linear.lora_B.get_value()[at]
+        at = _position(linear.trained_bias_rows, site.row)
+        if linear.trained_bias is not None and at is not None:
+            out[f"{site.hf_path}.bias"] = linear.trained_bias.get_value()[at]
+    for name in trained_modules(decoder):
+        out[names.hf_name(f"{name}.weight")] = getattr(decoder, name).weight.get_value()
+    return out
+
+
+def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[str, Array]) -> None:
+    """The inverse of `trainable_tensors`: every trained leaf takes its values from `tensors`, as float32."""
+    stacks: dict[tuple[int, str], tuple[Linear, dict[int, Array]]] = {}
+    for site in sites(decoder, names):
+        linear = site.linear
+        for leaf, suffix, rows in (
+            ("lora_A", "lora_A.weight", linear.adapted_rows),
+            ("lora_B", "lora_B.weight", linear.adapted_rows),
+            ("trained_bias", "bias", linear.trained_bias_rows),
+        ):
+            at = _position(rows, site.row)
+            if getattr(linear, leaf) is not None and at is not None:
+                _, parts = stacks.setdefault((id(linear), leaf), (linear, {}))
+                parts[at] = jnp.asarray(tensors[f"{site.hf_path}.{suffix}"], jnp.float32)
+    for (_, leaf), (linear, parts) in stacks.items():
+        getattr(linear, leaf).set_value(jnp.stack([parts[i] for i in sorted(parts)]))
+    for name in trained_modules(decoder):
+        # copy: the value becomes a donated buffer, and may be the caller's own array
+        value = jnp.array(tensors[names.hf_name(f"{name}.weight")], jnp.float32, copy=True)
+        getattr(decoder, name).weight.set_value(value)
+
+
+def trained_modules(decoder: Decoder) -> list[str]:
+    """Which of embed_tokens and lm_head train."""
+    found = [(n, getattr(decoder, n)) for n in SAVEABLE]
+    return [name for name, module in found if module is not None and isinstance(module.weight, nnx.Param)]
+
+
+def _position(rows: tuple[int, ...] | None, row: int) -> int | None:
+    """Where a stack row's values are in a leaf that holds only `rows`."""
+    if rows is None:
+        return row
+    return rows.index(row) if row in rows else None
+
+
+def _stack_size(linear: Linear) -> int:
+    return jax.tree.leaves(linear.weight.get_value())[0].shape[0]

@@ -1,0 +1,166 @@
+"""Causal grouped-query attention over packed or plain rows."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from fastft_jax.pallas_kernels.attention import cudnn, reference
+
+__all__ = ["Selection", "attention", "select_implementation"]
+
+Implementation = Literal["xla", "cudnn"]
+
+
+class Selection(NamedTuple):
+    """Which implementation runs, and why each faster one does not (empty when the fastest runs)."""
+
+    name: Implementation
+    reasons: tuple[str, ...]
+
+
+def select_implementation(
+    *,
+    q_shape: tuple[int, int, int, int],
+    kv_shape: tuple[int, int, int, int],
+    dtype,
+    softcap: float | None = None,
+    packed: bool = False,
+    max_segments: int | None = None,
+    q_offset: int | Array = 0,
+    platform: str,
+    compute_capability: tuple[int, int] | None,
+) -> Selection:
+    """The implementation `attention` takes by itself for these shapes on such a device; a pure function.
+
+    `packed`: segment ids are given. `platform` is "gpu" or another JAX backend's name; `compute_capability` is None
+    for anything but an NVIDIA GPU. `current_device()` says both for the device at hand.
+    """
+    reasons = cudnn.unsupported(
+        q_shape=q_shape,
+        kv_shape=kv_shape,
+        dtype=dtype,
+        softcap=softcap,
+        packed=packed,
+        max_segments=max_segments,
+        q_offset=q_offset,
+    )
+    reasons += cudnn.unsupported_device(q_shape, packed, max_segments, platform, compute_capability)
+    return Selection("xla", reasons) if reasons else Selection("cudnn", ())
+
+
+@functools.cache
+def current_device() -> tuple[str, tuple[int, int] | None]:
+    """(platform, compute capability) of JAX's default device; starts the backend, so never called at import."""
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
+        return device.platform, None
+    major, minor = capability.split(".")[:2]
+    return "gpu", (int(major), int(minor))
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    max_segments: int | None = None,
+    max_document_length: int | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+    """`o[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s]` over the keys s that query t sees; result in q's dtype.
+
+    With i = t + q_offset (q_offset: the queries' index in the row when k and v are a cache), key s is seen if and only
+    if s <= i, and `window` is None or i - s < window (Hugging Face's `sliding_window`), and both segment ids are equal
+    and not 0. A query that sees nothing gives zeros and takes part in no gradient. `softcap` replaces the logits x by
+    softcap * tanh(x / softcap). Query head n reads key head n // (N / K). Softmax is fp32.
+
+    `max_segments` (static) promises packed rows: ids 1..M, M <= max_segments, each contiguous, in ascending order from
+    the start of the row, then 0 for padding, the same for q and k; cuDNN needs that promise, the reference does not.
+    `max_document_length` (static) promises that no document is longer, which makes cuDNN's backward pass smaller. Where
+    more or longer documents than promised come, cuDNN's output is NaN.
+
+    `implementation`: None takes the fastest that fits (`select_implementation`); "cudnn" by name is obeyed whatever
+    the device, so that a program can be compiled for a GPU that is not there. The residuals are named `attn_out` and
+    (cuDNN only) `attn_lse`: a remat policy that saves both never repeats a cuDNN forward.
+
+    Raises ValueError for shapes that do not fit each other, one of the two segment ids without the other, or
+    "cudnn" asked for where cuDNN cannot do it (the message says why).
+    Sources: Dao 2023 (arXiv:2307.08691); grouped queries: Ainslie et al. 2023 (arXiv:2305.13245).
+    """
+    _check(q, k, v, window, q_segment_ids, kv_segment_ids, max_segments, max_document_length, implementation)
+    packed = q_segment_ids is not None
+    if implementation != "xla":
+        problem = dict(
+            q_shape=q.shape,
+            kv_shape=k.shape,
+            dtype=q.dtype,
+            softcap=softcap,
+            packed=packed,
+            max_segments=max_segments,
+            q_offset=q_offset,
+        )
+        if implementation is None:
+            platform, capability = current_device()
+            use_cudnn = (
+                select_implementation(**problem, platform=platform, compute_capability=capability).name == "cudnn"
+            )
+        else:
+            reasons = cudnn.unsupported(**problem)
+            if reasons:
+                raise ValueError(f'attention(implementation="cudnn"): {"; ".join(reasons)}')
+            use_cudnn = True
+        if use_cudnn:
+            return cudnn.attention(
+                q,
+                k,
+                v,
+                scale=scale,
+                window=window,
+                segment_ids=q_segment_ids,
+                max_segments=max_segments,
+                max_document_length=max_document_length,
+            )
+    out = reference.attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_offset=q_offset,
+    )
+    return checkpoint_name(out, "attn_out")
+
+
+def _check(q, k, v, window, q_segment_ids, kv_segment_ids, max_segments, max_document_length, implementation) -> None:
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(f'implementation must be None, "xla" or "cudnn", got {implementation!r}')
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"q [B, T, N, H], k and v [B, S, K, H] do not fit: {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("q_segment_ids and kv_segment_ids must be given together")
+    for name, value in (("max_segments", max_segments), ("max_document_length", max_document_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, ids, like in (("q", q_segment_ids, q), ("kv", kv_segment_ids, k)):
+        if ids is not None and (ids.shape != like.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer)):
+            raise ValueError(f"{name}_segment_ids must be integers {like.shape[:2]}, got {ids.dtype} {ids.shape}")

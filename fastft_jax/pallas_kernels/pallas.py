@@ -1,0 +1,64 @@
+"""The one owner of Pallas incantations: which backend compiles a kernel, how, and when it is interpreted.
+
+Kernels are written once for Pallas's Triton backend (Ampere, Ada and Hopper from one source). That backend is
+deprecated in favour of Mosaic GPU, so a kernel takes `load`, `store` and `call` from here and nothing from Pallas's
+backend modules.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as backend
+
+BlockSpec = pl.BlockSpec
+program_id = pl.program_id
+ds = pl.ds
+cdiv = pl.cdiv
+load = backend.load
+store = backend.store
+
+
+def on_gpu() -> bool:
+    """Whether JAX's default device is a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+@functools.cache
+def _silence_deprecation() -> None:
+    """Pallas warns at every lowering that this backend will go; the move is known and contained in this file."""
+    warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
+
+
+def call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    in_specs: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    interpret: bool | None = None,
+) -> Callable[..., Any]:
+    """Make a callable of a kernel of refs; `name` is what a profile and the compiled HLO call it.
+
+    Blocks that stick out of an array are NOT masked on a GPU: kernels mask every load and store themselves. Only loaded
+    shapes must be powers of two. `interpret=None` interprets on anything but a GPU; `False` is for compiling for a
+    GPU on a machine that has none. Gradients: wrap the op in `jax.custom_vjp`, a gridded call has no derivative.
+    """
+    _silence_deprecation()
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        interpret=not on_gpu() if interpret is None else interpret,
+        compiler_params=backend.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    )

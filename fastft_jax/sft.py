@@ -1,0 +1,113 @@
+"""Supervised fine-tuning from one YAML file.
+
+    python -m fastft_jax.sft --config configs/quickstart.yaml [section.key=value ...] [--dry-run]
+
+Exit codes: 0 done (or stopped by a signal with a checkpoint saved), 1 a failed run, 2 a wrong configuration.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from fastft_jax.errors import ConfigError, FastFTError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastft_jax.sft", description="Fine-tune a language model (QLoRA).")
+    parser.add_argument("--config", required=True, help="YAML file with sections model, lora, data, training, export")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single options")
+    arguments = parser.parse_args(argv)
+    _prepare_process()
+    try:
+        return _run(arguments.config, arguments.overrides, arguments.dry_run)
+    except (ConfigError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FastFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _prepare_process() -> None:
+    """Settings of this process, made before jax starts: they are ours to make here, and nowhere else."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")  # one program on the card: let it have the card
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing, as it should be
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+
+def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
+    from fastft_jax.config import load_config, resolved_lines, to_json
+
+    config, origins = load_config(path, overrides)
+    for line in resolved_lines(config, origins):
+        print(line)
+    import jax
+
+    from fastft_jax.language_model import FastLanguageModel
+    from fastft_jax.trainers.environment import environment, environment_lines, memory_in_use
+    from fastft_jax.trainers.sft import SFTTrainer
+
+    for line in environment_lines(environment(jax.local_devices()[0])):
+        print(line)
+    start = time.perf_counter()
+    model, tokenizer = FastLanguageModel.from_pretrained(**config.model.model_dump())
+    used = memory_in_use(jax.local_devices()[0])
+    size = "" if used is None else f" ({used / 2**30:.2f} GiB on the device)"
+    print(f"loaded {config.model.model_name} in {time.perf_counter() - start:.1f} s{size}")
+    if model.peft_config is None:
+        model = FastLanguageModel.get_peft_model(model, **config.lora.model_dump())
+    else:
+        model.continue_adapter(config.lora.model_dump(), given=_given(origins, "lora"))
+    model.print_trainable_parameters()
+    train, evaluation = _rows(config)
+    trainer = SFTTrainer(model, tokenizer, train, evaluation, config.training)
+    if dry_run:
+        for line in trainer.describe(color=sys.stdout.isatty()):
+            print(line)
+        print(f"dry run: {trainer.total_steps} steps would be trained; nothing was written")
+        return 0
+    output = trainer.train(run_info={"config": to_json(config), "origins": origins})
+    folder = config.training.output_dir
+    if output.stopped:
+        print(f"stopped at step {output.global_step}; go on with training.resume_from_checkpoint=true")
+        return 0
+    print(f"adapter saved in {folder}")
+    if config.export.verify:
+        print(f"read back: {model.verify_adapter(folder)}")
+    return 0
+
+
+def _given(origins: dict[str, str], section: str) -> set[str]:
+    """Options of a section that the user wrote."""
+    return {name.split(".", 1)[1] for name, at in origins.items() if name.startswith(f"{section}.") and at != "default"}
+
+
+def _rows(config: Any) -> tuple[Any, Any]:
+    """Training rows and, where the config names some, evaluation rows."""
+    from fastft_jax.trainers.data import load_rows
+    from fastft_jax.trainers.data.hold_out import hold_out
+
+    data, data_format = config.data, config.training.data_format
+    rows, _ = load_rows(data.path, split=data.split, name=data.name, data_format=data_format)
+    if data.eval_fraction is not None:
+        return hold_out(rows, data.eval_fraction, seed=config.training.seed)
+    if not data.evaluates:
+        return rows, None
+    path = data.eval_path or data.path
+    evaluation, _ = load_rows(path, split=data.eval_split, name=data.eval_name or data.name, data_format=data_format)
+    return rows, evaluation
+
+
+if __name__ == "__main__":
+    sys.exit(main())

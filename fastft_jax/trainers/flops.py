@@ -1,0 +1,22 @@
+"""How much arithmetic a training step needs, for model-FLOPs utilisation."""
+
+import numpy as np
+
+from fastft_jax.models.config import DecoderConfig
+
+
+def useful_flops(config: DecoderConfig, batch: dict[str, np.ndarray], trainable: int) -> float:
+    """FLOPs of one LoRA step on a batch, recomputation not counted.
+
+    Frozen matrices cost 2 a weight and token forward and 2 backward (no weight gradient), trained ones 6; attention
+    costs 4 N H a visible key forward and 2.5 times that backward; the head counts as frozen.
+    """
+    c = config
+    real = batch["segment_ids"] > 0
+    tokens = int(real.sum())
+    attention_width = c.num_attention_heads * c.head_dim
+    qkvo = c.hidden_size * (2 * attention_width + 2 * c.num_key_value_heads * c.head_dim)
+    linears = c.num_hidden_layers * (qkvo + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+    keys = batch["positions"][real].astype(np.int64) + 1
+    visible = sum(int(np.minimum(keys, window or keys.max(initial=0)).sum()) for window in c.layer_windows)
+    return 4.0 * linears * tokens + 6.0 * trainable * tokens + 14.0 * attention_width * visible

@@ -1,0 +1,79 @@
+"""Tiny random checkpoints made by transformers, one for each family and each of its odd features."""
+
+from pathlib import Path
+
+COMMON = dict(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def _theta(theta: float, **scaling) -> dict:
+    return {"rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta}}
+
+
+# name -> (model_type, arguments of transformers' config class)
+TINY: dict[str, tuple[str, dict]] = {
+    "llama-1": ("llama", dict(num_key_value_heads=4)),
+    "llama-2": ("llama", dict()),
+    "llama-2-linear": ("llama", _theta(1e4, rope_type="linear", factor=2.0)),
+    "llama-2-dynamic": ("llama", _theta(1e4, rope_type="dynamic", factor=2.0) | dict(max_position_embeddings=24)),
+    "llama-2-yarn": ("llama", _theta(1e4, **YARN)),
+    "llama-longrope": ("llama", _theta(1e4, **LONGROPE)),
+    "llama-3": ("llama", _theta(5e5)),
+    "llama-3.1": ("llama", _theta(5e5, **LLAMA3)),
+    "llama-3.2-tied": ("llama", _theta(5e5, **LLAMA3) | dict(tie_word_embeddings=True, head_dim=24)),
+    "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral-7b-v0.1": ("mistral", dict(sliding_window=8)),
+    "mistral-7b-v0.3": ("mistral", dict(sliding_window=None) | _theta(1e6)),
+    "mistral-nemo": ("mistral", dict(sliding_window=None, head_dim=24)),
+    "qwen-1.5": ("qwen2", dict(num_key_value_heads=4)),
+    "qwen-2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    "qwen-2.5-tied": ("qwen2", dict(tie_word_embeddings=True) | _theta(1e6)),
+    "qwen-3": ("qwen3", dict(head_dim=24) | _theta(1e6)),
+    "qwen-3-tied": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def make_model(name: str, **changes):
+    """The tiny transformers model, float32, in eval mode; every parameter random (biases and norms too)."""
+    import torch
+    import transformers
+
+    model_type, arguments = TINY[name]
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **arguments, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.15)  # far enough from linear that a wrong rotation or mask shows
+    return model.eval()
+
+
+def save(model, folder: Path, **options) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
