@@ -51,7 +51,9 @@ class ModelSection(Options):
     load_in_4bit: bool = True
     """Keep the base's linear layers in NF4 with double quantisation."""
     load_in_8bit: bool = False
+    """Not built yet: true is refused."""
     full_finetuning: bool = False
+    """Not built yet: true is refused."""
     rope_scaling: dict[str, Any] | None = None
     """Replaces config.json's."""
     token: Annotated[str | None, Field(repr=False)] = None
@@ -59,6 +61,7 @@ class ModelSection(Options):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     random_state: NotNegative = 3407
+    """Seed of text that the model samples."""
 
 
 class LoraSection(Options):
@@ -85,16 +88,23 @@ class LoraSection(Options):
     lora_alpha: Annotated[int | float, Field(gt=0)] = 16
     """The adapter is scaled by lora_alpha / r (rsLoRA: lora_alpha / sqrt(r))."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero, in training only."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base train, too."""
     use_gradient_checkpointing: bool | str | dict[str, str] = "auto"
     """What the backward pass computes again: none, selective, full, offload, auto, or a table of residual names."""
     random_state: NotNegative = 3407
+    """Seed of the adapter's first values."""
     use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r), so that large ranks learn as fast as small ones."""
     modules_to_save: Texts | None = None
     """Modules trained in full beside the adapter: embed_tokens, lm_head."""
     init_lora_weights: bool | str = True
+    """true: A uniform, B zero (the adapter starts as nothing); gaussian: A normal; false: both random."""
     layers_to_transform: list[Annotated[int, BeforeValidator(whole)]] | int | None = None
+    """Layers to adapt, counted from 0; null: all."""
     loftq_config: dict[str, Any] | None = None
+    """Not built yet: a value is refused."""
 
     @field_validator("use_gradient_checkpointing")
     @classmethod
@@ -129,7 +139,9 @@ class DataSection(Options):
     eval_path: PathText | None = None
     """Rows to evaluate on; null with eval_split: those of path."""
     eval_name: str | None = None
+    """Subset of a hub dataset to evaluate on; null: name."""
     eval_split: str | None = None
+    """Split to evaluate on, such as test or train[:5%]."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Or: hold out this share of path's rows, drawn with training.seed."""
 

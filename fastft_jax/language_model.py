@@ -35,10 +35,11 @@ class FastLanguageModel:
     Made by `from_pretrained`; the names of methods and arguments are those of Unsloth and PEFT.
     """
 
-    def __init__(self, decoder: Decoder, names: NameTable, hf_config: dict, *, name: str, max_seq_length: int):
+    def __init__(self, decoder: Decoder, names: NameTable, hf_config: dict, *, name: str, max_seq_length: int, random_state: int = 3407):
         self.decoder = decoder
         self.names = names
         self.hf_config = hf_config
+        self.random_state = random_state
         self.name_or_path = name
         self.max_seq_length = max_seq_length
         self.peft_config: dict[str, Any] | None = None
@@ -64,7 +65,7 @@ class FastLanguageModel:
 
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
         load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
-        The tokenizer is None, with a warning, where the folder has no tokenizer files.
+        random_state seeds what `generate` samples. The tokenizer is None, with a warning, where the folder has no tokenizer files.
         Raises CheckpointError for a folder that cannot be used, NotImplementedError for options not built yet.
         """
         for option, value in (("load_in_8bit", load_in_8bit), ("full_finetuning", full_finetuning)):
@@ -99,7 +100,14 @@ class FastLanguageModel:
                 stacklevel=2,
             )
         decoder = load_decoder(folder, config, names, dtype=_dtype(dtype), load_in_4bit=load_in_4bit)
-        model = cls(decoder, names, values, name=str(model_name), max_seq_length=max_seq_length)
+        model = cls(
+            decoder,
+            names,
+            values,
+            name=str(model_name),
+            max_seq_length=max_seq_length,
+            random_state=random_state,
+        )
         return model, load_tokenizer(folder)
 
     @classmethod
@@ -300,7 +308,7 @@ class FastLanguageModel:
 
     def generate(self, prompts: list[list[int]], **options) -> list[list[int]]:
         """New token ids after each prompt; options as in `fastft_jax.models.generate.generate`."""
-        return generate.generate(self.decoder, prompts, **options)
+        return generate.generate(self.decoder, prompts, **{"seed": self.random_state, **options})
 
     def num_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a quantised weight counts as the matrix it stands for."""

@@ -61,7 +61,7 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
     Raises CheckpointError for missing, unexpected or misshapen tensors, before any is read.
     """
     checkpoint = Checkpoint.open(folder)
-    requests = list(_requests(config))
+    requests = list(tensor_requests(config))
     _check(checkpoint, requests, names, config)
     order = iter([name for request in requests for name in request.hf_names(names)])
     with ThreadPoolExecutor(1) as pool:
@@ -79,7 +79,7 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
         return Decoder(config, load, dtype)
 
 
-def _requests(config: DecoderConfig) -> Iterator[Request]:
+def tensor_requests(config: DecoderConfig) -> Iterator[Request]:
     """What a decoder of this configuration will ask for, in the order it asks."""
     asked: list[Request] = []
 

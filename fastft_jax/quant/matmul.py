@@ -71,12 +71,12 @@ def _lora_forward(x, a, b, scaling):
 def _lora_backward(scaling, residuals, dy):
     x, a, b = residuals
     dtype, last = x.dtype, x.ndim - 1
-    dy = dy * scaling
-    dh = _contract(dy, b.astype(dtype), last, 0, dtype)  # [..., R]
+    # scaling goes to the R-wide factors: multiplying dy would read and write all of it again
+    dh = _contract(dy, b.astype(dtype), last, 0, dtype) * scaling  # [..., R]
     h = _contract(x, a.astype(dtype), last, 1, dtype)
     flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
     da = _contract(flat(dh), flat(x), 0, 0, jnp.float32).astype(a.dtype)
-    db = _contract(flat(dy), flat(h), 0, 0, jnp.float32).astype(b.dtype)
+    db = (_contract(flat(dy), flat(h), 0, 0, jnp.float32) * scaling).astype(b.dtype)
     return _contract(dh, a.astype(dtype), last, 0, dtype), da, db
 
 

@@ -56,13 +56,14 @@ def _scaled_to_one(x: Float[Array, "G 64"], n: int) -> tuple[Float[Array, "G 64"
 
 
 def quantize(w: Float[Array, "N K"], *, double_quant: bool = True) -> NF4Array:
-    """Encode a float32, bfloat16 or float16 matrix on its device; jit-able, with no temporary of the matrix's size.
+    """Encode a float32, bfloat16 or float16 matrix on its device; jit-able.
 
     Codes, absmax, uint8 absmax and its scales equal bitsandbytes's on a CPU bit for bit, from whichever of the three
     dtypes (float32 arithmetic on the exact values), with the same bits from a CPU and a GPU. Two limits. Magnitudes
     below 2**-126 count as zero, and above 2**126 they have no float32 reciprocal. And bitsandbytes's offset, a mean of
     G values, depends on its machine: it is this one as long as torch sums on one thread (always so up to 32,768 blocks)
     with AVX2; otherwise it is a few ulp away, which may move a uint8 absmax that sits on an edge.
+    Temporaries for [14336, 4096] in bfloat16: 9 MiB on an H200 (0.18 ms); XLA on a CPU makes the float32 copy.
     """
     if w.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"NF4 encodes float32, bfloat16 or float16, got {w.dtype}")

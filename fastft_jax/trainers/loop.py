@@ -124,7 +124,8 @@ class Loop:
                     loss = self._finish(*pending, window, reporter)
                 pending = (index + 1, batch, metrics)
                 step, last_of_epoch = index + 1, (index + 1) % self.steps_per_epoch == 0
-                saving = args.saves_at(step, last_of_epoch=last_of_epoch) or stop.is_set()
+                stopping = stop.is_set()  # asked once: a signal from here on is the next step's to save
+                saving = args.saves_at(step, last_of_epoch=last_of_epoch) or stopping
                 evaluating = self.eval_source is not None and args.evaluates_at(step, last_of_epoch=last_of_epoch)
                 if saving or evaluating or step == self.total_steps or not overlapped:
                     loss, pending = self._finish(*pending, window, reporter), None
@@ -134,7 +135,7 @@ class Loop:
                     if saving:
                         self.save(step)
                         saved = step
-                if stop.is_set():
+                if stopping:
                     reporter.say(f"stopped by a signal: step {step} is saved in {self.store.path(step)}")
                     return TrainOutput(step, loss, stopped=True)
             if args.save_strategy != "no" and saved < self.total_steps:

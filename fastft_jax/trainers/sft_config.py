@@ -89,8 +89,11 @@ class SFTConfig(Options):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradient's running mean."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the squared gradient's running mean."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the step's denominator."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradient's global norm to this; 0: no clipping."""
 
@@ -114,9 +117,11 @@ class SFTConfig(Options):
     run_name: str | None = None
     """Name shown in the trackers; null: output_dir's."""
     eval_strategy: Interval = "no"
+    """When to evaluate: no, steps, or epoch."""
     eval_steps: AtLeastOne | None = None
     """Steps between evaluations with eval_strategy "steps"; null: logging_steps."""
     save_strategy: Interval = "steps"
+    """When to save a checkpoint: no, steps, or epoch. Unless no, there is one at the end, too."""
     save_steps: AtLeastOne = 500
     """Steps between checkpoints with save_strategy "steps"."""
     save_total_limit: AtLeastOne | None = None
@@ -124,11 +129,13 @@ class SFTConfig(Options):
     exact_match_rows: NotNegative = 0
     """Ask so many held-out questions before and after training and report the share of answers that are exact."""
     exact_match_max_new_tokens: AtLeastOne = 64
+    """Longest answer to such a question."""
 
     # Randomness and compilation
     seed: NotNegative = 3407
     """Dropout, and the data order unless data_seed is given."""
     data_seed: NotNegative | None = None
+    """Seed of the data order alone; null: seed."""
     compile_cache: PathText | None = None
     """Folder of XLA's persistent compilation cache; null: the user's cache folder."""
     loss_chunk_size: AtLeastOne | None = None

@@ -11,7 +11,7 @@ from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
 from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, scale_and_shift
 
 GROUPS_PER_PROGRAM = 32
-"""Must divide 256. On an H200, [14336, 4096] to bfloat16: 43 us with 32, 45 with 64, 52 with 16 (plain XLA: 82)."""
+"""Must divide 256. On an H200, [14336, 4096] to bfloat16: 43-48 us with 32, 45-50 with 64, 52 with 16 (XLA: 81)."""
 MAX_CODE_BYTES = 2**31
 """Pallas's offsets are 32-bit for arrays up to 4 GiB, and signed: a byte array must stay below 2 GiB."""
 

@@ -1,0 +1,299 @@
+"""A released model's config.json becomes the decoder that its publisher describes; wrong ones are refused by name."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastft_jax.convert.hf import tensor_requests
+from fastft_jax.errors import CheckpointError
+from fastft_jax.models.config import RopeConfig, plan_segments
+from fastft_jax.models.families.registry import config_from_hf
+from fastft_jax.models.rope import rope_tables
+
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def published(model_type: str, d: int, f: int, layers: int, heads: int, kv: int, vocab: int, longest: int, **more):
+    """What of a published config.json decides the maths, under its own names."""
+    return {
+        "model_type": model_type,
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+        "max_position_embeddings": longest,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        **more,
+    }
+
+
+def llama_31(d, f, layers, heads, vocab=128256, kv=8, **more):
+    return published("llama", d, f, layers, heads, kv, vocab, 131072, rope_theta=5e5, rope_scaling=LLAMA3_ROPE, **more)
+
+
+def qwen(model_type, d, f, layers, heads, kv, vocab, longest=32768, **more):
+    """Qwen's files name a window that they do not use."""
+    window = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": layers}
+    return published(model_type, d, f, layers, heads, kv, vocab, longest, rope_theta=1e6, **window, **more)
+
+
+# name -> (config.json of the release, parameters that the safetensors index of the release counts)
+RELEASED = {
+    "Llama-2-7B": (published("llama", 4096, 11008, 32, 32, 32, 32000, 4096), 6_738_415_616),
+    "Llama-2-13B": (published("llama", 5120, 13824, 40, 40, 40, 32000, 4096), 13_015_864_320),
+    "Llama-2-70B": (published("llama", 8192, 28672, 80, 64, 8, 32000, 4096), 68_976_648_192),
+    "Meta-Llama-3-8B": (published("llama", 4096, 14336, 32, 32, 8, 128256, 8192, rope_theta=5e5), 8_030_261_248),
+    "Llama-3.1-8B": (llama_31(4096, 14336, 32, 32), 8_030_261_248),
+    "Llama-3.2-1B": (llama_31(2048, 8192, 16, 32, head_dim=64, tie_word_embeddings=True), 1_235_814_400),
+    "Llama-3.2-3B": (llama_31(3072, 8192, 28, 24, head_dim=128, tie_word_embeddings=True), 3_212_749_824),
+    "Llama-3.3-70B-Instruct": (llama_31(8192, 28672, 80, 64), 70_553_706_496),
+    "Mistral-7B-v0.1": (
+        published("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, sliding_window=4096),
+        7_241_732_096,
+    ),
+    "Mistral-7B-v0.3": (
+        published("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, sliding_window=None, rope_theta=1e6),
+        7_248_023_552,
+    ),
+    "Mistral-Nemo-Base-2407": (
+        published("mistral", 5120, 14336, 40, 32, 8, 131072, 128000, sliding_window=None, head_dim=128, rope_theta=1e6),
+        12_247_782_400,
+    ),
+    "Mistral-Large-Instruct-2407": (
+        published("mistral", 12288, 28672, 88, 96, 8, 32768, 131072, sliding_window=None, head_dim=128, rope_theta=1e6),
+        122_610_069_504,
+    ),
+    "Qwen1.5-7B": (qwen("qwen2", 4096, 11008, 32, 32, 32, 151936), 7_721_324_544),
+    "Qwen2.5-0.5B": (qwen("qwen2", 896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True), 494_032_768),
+    "Qwen2.5-1.5B": (qwen("qwen2", 1536, 8960, 28, 12, 2, 151936, tie_word_embeddings=True), 1_543_714_304),
+    "Qwen2.5-7B": (qwen("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072), 7_615_616_512),
+    "Qwen2.5-72B": (qwen("qwen2", 8192, 29568, 80, 64, 8, 152064, 131072), 72_706_203_648),
+    "Qwen3-0.6B": (
+        qwen("qwen3", 1024, 3072, 28, 16, 8, 151936, 40960, head_dim=128, tie_word_embeddings=True),
+        596_049_920,
+    ),
+    "Qwen3-4B": (
+        qwen("qwen3", 2560, 9728, 36, 32, 8, 151936, 40960, head_dim=128, tie_word_embeddings=True),
+        4_022_468_096,
+    ),
+    "Qwen3-8B": (qwen("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128), 8_190_735_360),
+    "Qwen3-32B": (qwen("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960, head_dim=128), 32_762_123_264),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_config_gives_the_published_number_of_parameters(name):
+    values, count = RELEASED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a published file has no key that we do not understand
+        config, _ = config_from_hf(values)
+    ours = sum(math.prod(request.shape) * len(request.layers or (None,)) for request in tensor_requests(config))
+    assert ours == count
+
+
+def test_what_a_released_config_switches_on_is_on():
+    def config(name):
+        return config_from_hf(RELEASED[name][0])[0]
+
+    assert config("Llama-2-7B").rope == RopeConfig(rope_theta=1e4, max_position_embeddings=4096)
+    assert config("Llama-3.1-8B").rope == RopeConfig(
+        rope_theta=5e5,
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+        max_position_embeddings=131072,
+    )
+    assert set(config("Mistral-7B-v0.1").layer_windows) == {4096}
+    assert set(config("Mistral-7B-v0.3").layer_windows) == {None}
+    assert config("Mistral-Nemo-Base-2407").head_dim == 128 != 5120 // 32
+    assert config("Llama-3.2-1B").tie_word_embeddings and not config("Llama-3.1-8B").tie_word_embeddings
+    qwen2, qwen3 = config("Qwen2.5-7B"), config("Qwen3-8B")
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert set(qwen2.layer_windows) == {None}  # the file names a window, and says that it is not used
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+        LLAMA3_ROPE,
+    ],
+)
+def test_both_styles_of_rope_settings_read_alike(scaling):
+    base = published("llama", 64, 96, 2, 4, 2, 160, 4096)
+    kind = "type" if scaling and scaling["rope_type"] != "llama3" else "rope_type"  # as files of that age have it
+    old_scaling = scaling and {(kind if key == "rope_type" else key): value for key, value in scaling.items()}
+    old = base | {"rope_theta": 5e5, "rope_scaling": old_scaling}
+    new = base | {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": 5e5}}
+    assert config_from_hf(old)[0] == config_from_hf(new)[0]
+
+
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn-all": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.3,
+        "truncate": False,
+    },
+    "yarn-attention-factor": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 0.8,
+    },
+    "llama3": LLAMA3_ROPE | {"original_max_position_embeddings": 64},
+    "longrope": tiny.LONGROPE | {"original_max_position_embeddings": 64},
+    "longrope-no-factor": {
+        key: value
+        for key, value in (tiny.LONGROPE | {"original_max_position_embeddings": 64}).items()
+        if key != "factor"
+    },
+}
+
+
+@pytest.mark.parametrize("length", [40, 600], ids=["within", "beyond"])
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_tables_equal_transformers_also_beyond_the_original_context(name, length):
+    """1e-6 of the frequencies; the angle is position x frequency in float32 on both sides, so it may be off by an ulp
+    of 600 (6e-5), which the bound on cos and sin follows."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs_config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=256,
+        rope_parameters=ROPES[name] | {"rope_theta": 1e4},
+    )
+    rotary = LlamaRotaryEmbedding(theirs_config)
+    positions = torch.arange(length)[None]
+    cos, sin = rotary(torch.zeros(1, length, 64), positions)
+    config, _ = config_from_hf(theirs_config.to_dict())
+    ours_cos, ours_sin = rope_tables(config.rope, config.head_dim, positions.numpy())
+    half = config.head_dim // 2
+    one = np.asarray(ours_cos)[0, 0]  # position 0: cos is the attention factor
+    np.testing.assert_allclose(one, cos[0, 0, :half].numpy(), rtol=1e-6)
+    # position 1: sin(frequency) x factor, so the frequencies themselves
+    np.testing.assert_allclose(np.asarray(ours_sin)[0, 1], sin[0, 1, :half].numpy(), rtol=1e-6, atol=1e-9)
+    atol = 1e-6 * max(1, length / 10)
+    np.testing.assert_allclose(np.asarray(ours_cos)[0], cos[0, :, :half].numpy(), atol=atol, rtol=0)
+    np.testing.assert_allclose(np.asarray(ours_sin)[0], sin[0, :, :half].numpy(), atol=atol, rtol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([None, 8, 16]), min_size=1, max_size=40).map(tuple))
+def test_segments_replay_the_layers_in_order_and_a_place_has_one_kind(kinds):
+    replayed = []
+    for segment in plan_segments(kinds):
+        assert len({len(place) for place in segment}) == 1  # scanned together, so of one length
+        for place in segment:
+            assert len({kinds[layer] for layer in place}) == 1
+        for row in range(len(segment[0])):
+            replayed += [place[row] for place in segment]
+    assert replayed == list(range(len(kinds)))
+
+
+def test_regular_patterns_are_one_segment():
+    assert plan_segments((None,) * 32) == (((*range(32),),),)
+    assert plan_segments((8, None) * 3) == (((0, 2, 4), (1, 3, 5)),)
+    assert plan_segments((8, 8, None) * 2) == (((0, 3), (1, 4), (2, 5)),)
+    assert [len(s[0]) for s in plan_segments((None,) * 28 + (8,) * 4)] == [28, 4]
+
+
+GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": None}, ["model_type", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": "mine", "auto_map": {"AutoModel": "x.py"}}, ["model_type='mine'", "trust_remote_code"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "'awq'"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "'gptq'"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["quantization_config", "'bitsandbytes'"]),
+        ({"quantization_config": "awq"}, ["quantization_config", "'awq'"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, ["hidden_size=64", "num_attention_heads=5"]),
+        ({"head_dim": 15}, ["head_dim=15"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
+        ({"hidden_size": None}, ["'hidden_size'"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
+        ({"num_hidden_layers": "two"}, ["num_hidden_layers='two'"]),
+        ({"vocab_size": -1}, ["vocab_size=-1"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps='small'"]),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope_type='su'", "llama3"]),
+        ({"rope_scaling": {"type": "linear"}}, ["'linear'", "'factor'"]),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, ["factor='2'"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling='linear'"]),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, ["mrope_section"]),
+        ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0"]),
+        ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping=30.0"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"num_experts": 8}, ["num_experts=8"]),
+        ({"num_local_experts": 8}, ["num_local_experts=8"]),
+        ({"layer_types": ["linear_attention", "full_attention"]}, ["layer_types"]),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention", "full_attention"]}, ["'linear_attention'"]),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]},
+            ["layer_types has 1 entries for 2 layers"],
+        ),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window=0"]),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)
+def test_a_config_that_is_not_supported_is_refused_by_name_and_value(changes, said):
+    with pytest.raises(CheckpointError) as caught:
+        config_from_hf(GOOD | changes)
+    assert [words for words in said if words not in str(caught.value)] == []
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_values_that_switch_nothing_on_are_accepted_and_unknown_keys_only_warn():
+    off = {"attn_logit_softcapping": None, "num_experts": 0, "partial_rotary_factor": 1.0, "layer_types": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config, _ = config_from_hf(GOOD | off)
+    with pytest.warns(UserWarning, match="made_up='yes'"):
+        assert config_from_hf(GOOD | {"made_up": "yes", "transformers_version": "4.40.0"})[0] == config
+
+
+def test_a_window_that_is_on_but_not_named_is_transformers_default():
+    from transformers import Qwen2Config
+
+    values = GOOD | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    theirs = Qwen2Config(**values)
+    kinds = {"full_attention": None, "sliding_attention": theirs.sliding_window}
+    assert config_from_hf(values)[0].layer_windows == tuple(kinds[kind] for kind in theirs.layer_types)
