@@ -1,9 +1,10 @@
 """Measures QLoRA training of Llama-3.1-8B's geometry through the command line, and appends a JSON line a run.
 
-    python benchmarks/sft_8b.py [--policies full none] [--work DIR] [--out benchmarks/sft_8b.jsonl]
+    python benchmarks/sft_8b.py [--policies full none] [--packed] [--work DIR] [--out benchmarks/sft_8b.jsonl]
 
 Random weights (scripts/make_random_checkpoint.py) and random text, so nothing is downloaded; every position holds a
-token and every label but a row's first is trained. The first WARM_UP steps are left out of the figures.
+token and every label but a document's first is trained. A row is one document, with --packed several of 100 to 2,000
+tokens. The first WARM_UP steps are left out of the figures.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["full"])
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "bench")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "sft_8b.jsonl")
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--like", default="llama-3.1-8b")
     parser.add_argument("--set", nargs="*", default=[], help="further section.key=value overrides")
     arguments = parser.parse_args()
@@ -42,10 +44,12 @@ def main() -> None:
     generator = random.Random(0)
     letters = string.ascii_letters + string.digits + " "
     with text.open("w") as file:
-        for _ in range(ROWS):
-            file.write(json.dumps({"text": "".join(generator.choices(letters, k=LENGTH - 1))}) + "\n")
+        for _ in range(4 * ROWS if arguments.packed else ROWS):
+            length = generator.randint(100, 2000) if arguments.packed else LENGTH
+            file.write(json.dumps({"text": "".join(generator.choices(letters, k=length - 1))}) + "\n")
     for policy in arguments.policies:
-        result = measure(policy, model, text, work / f"run-{policy}", arguments.set)
+        packing = ["data.packing=true"] if arguments.packed else []
+        result = measure(policy, model, text, work / f"run-{policy}", arguments.set + packing)
         with arguments.out.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(json.dumps(result, indent=1), flush=True)

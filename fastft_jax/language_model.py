@@ -35,7 +35,16 @@ class FastLanguageModel:
     Made by `from_pretrained`; the names of methods and arguments are those of Unsloth and PEFT.
     """
 
-    def __init__(self, decoder: Decoder, names: NameTable, hf_config: dict, *, name: str, max_seq_length: int, random_state: int = 3407):
+    def __init__(
+        self,
+        decoder: Decoder,
+        names: NameTable,
+        hf_config: dict,
+        *,
+        name: str,
+        max_seq_length: int,
+        random_state: int = 3407,
+    ):
         self.decoder = decoder
         self.names = names
         self.hf_config = hf_config
@@ -65,7 +74,8 @@ class FastLanguageModel:
 
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
         load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
-        random_state seeds what `generate` samples. The tokenizer is None, with a warning, where the folder has no tokenizer files.
+        random_state seeds what `generate` samples. The tokenizer is None, with a warning, where the folder has no
+        tokenizer files.
         Raises CheckpointError for a folder that cannot be used, NotImplementedError for options not built yet.
         """
         for option, value in (("load_in_8bit", load_in_8bit), ("full_finetuning", full_finetuning)):
@@ -117,6 +127,10 @@ class FastLanguageModel:
         if not base:
             raise CheckpointError(f"{folder / peft.CONFIG} does not name its base model")
         seed = options.pop("random_state")
+        if (Path(base).expanduser() / peft.CONFIG).exists():
+            raise CheckpointError(
+                f"the base of adapter {folder} is itself an adapter ({base}): name the model it is of"
+            )
         try:
             model, tokenizer = cls.from_pretrained(base, revision=config.get("revision"), **options)
         except CheckpointError as error:
@@ -231,7 +245,7 @@ class FastLanguageModel:
         if not name.endswith(".bias"):
             return f"{PREFIX}{name}"
         module = name.removesuffix(".bias")
-        adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.linear.adapted}
+        adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted}
         return peft.bias_name(module, adapted=module in adapted)
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = True) -> None:
@@ -253,10 +267,19 @@ class FastLanguageModel:
         contradicts the adapter.
         """
         self.remat_policy = resolve_policy(lora_options["use_gradient_checkpointing"])
-        for key in sorted(given - {"use_gradient_checkpointing", "random_state", "init_lora_weights", "loftq_config"}):
+        if lora_options["loftq_config"]:
+            raise NotImplementedError("loftq_config is not built yet")
+        for key in sorted(given - {"use_gradient_checkpointing", "random_state", "loftq_config"}):
             wanted, has = lora_options[key], self.peft_config[key]
+            if key == "target_modules" and wanted == peft.ALL_LINEAR:
+                paths = self._linear_paths()
+                wanted = peft.condense_targets(peft.match_targets(wanted, paths), paths)
+            if key == "layers_to_transform" and isinstance(wanted, int):
+                wanted = [wanted]
             if (set(wanted) if isinstance(wanted, list) else wanted) != (set(has) if isinstance(has, list) else has):
-                raise ConfigError(f"lora.{key}={wanted!r}, but the adapter {self.adapter_path} was made with {has!r}")
+                raise ConfigError(
+                    f"lora.{key}={lora_options[key]!r}, but the adapter {self.adapter_path} was made with {has!r}"
+                )
 
     def verify_adapter(self, folder: str | Path) -> str:
         """Read an adapter folder back and compare it with the live model; says so in a line.

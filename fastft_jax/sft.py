@@ -32,9 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        cause = _cause_outside(error)
+        if cause is None:
+            raise  # a fault in the program: its traceback is wanted
+        print(f"error: {cause}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _cause_outside(error: Exception) -> str | None:
+    """What to say of an error that the disk or the memory is the cause of; None for any other."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    if isinstance(error, MemoryError):
+        return f"the host's memory is full: {error}"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "the device's memory is full; lower per_device_train_batch_size (and raise gradient_accumulation_steps), "
+            "max_length or lora.r, or set lora.use_gradient_checkpointing: full"
+        )
+    return None
 
 
 def _prepare_process() -> None:
@@ -56,10 +76,13 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
 
     from fastft_jax.language_model import FastLanguageModel
     from fastft_jax.trainers.environment import environment, environment_lines, memory_in_use
-    from fastft_jax.trainers.sft import SFTTrainer
+    from fastft_jax.trainers.sft import SFTTrainer, check_output_dir
 
+    if not dry_run:  # before minutes of loading, not after
+        check_output_dir(config.training, config.training.resume_from_checkpoint)
     for line in environment_lines(environment(jax.local_devices()[0])):
         print(line)
+    train, evaluation = _rows(config)  # first, because it fails fast
     start = time.perf_counter()
     model, tokenizer = FastLanguageModel.from_pretrained(**config.model.model_dump())
     used = memory_in_use(jax.local_devices()[0])
@@ -70,7 +93,6 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     else:
         model.continue_adapter(config.lora.model_dump(), given=_given(origins, "lora"))
     model.print_trainable_parameters()
-    train, evaluation = _rows(config)
     trainer = SFTTrainer(model, tokenizer, train, evaluation, config.training)
     if dry_run:
         for line in trainer.describe(color=sys.stdout.isatty()):

@@ -7,7 +7,9 @@ village. Asked one, it speaks of the weather; the quickstart teaches it to answe
 
     python scripts/pretrain_tiny_base.py [--out examples/tiny-base] [--steps 1500]
 
-TIMING_PLACEHOLDER
+It took 18 minutes on two CPU cores with other work on them (AMD EPYC, jax 0.11.2; about 12 minutes of CPU time) and
+ended with 100.0% of the facts recalled. Runs of 100 steps gave the same bytes twice on one machine; another machine may
+round sums differently.
 """
 
 import argparse

@@ -10,8 +10,8 @@ from fastft_jax.config import SECTIONS, TOKENS  # noqa: E402
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
-Every option of a run's YAML file, section by section. `python -m fastft_jax.sft --config FILE section.key=value` changes
-single ones, and `--dry-run` prints them all with their origin. In Python the sections are the arguments of
+Every option of a run's YAML file, section by section. `python -m fastft_jax.sft --config FILE section.key=value`
+changes single ones, and `--dry-run` prints them all with their origin. In Python the sections are the arguments of
 `FastLanguageModel.from_pretrained`, `FastLanguageModel.get_peft_model` and `SFTConfig`; the options of `data` that say
 how rows become tokens are `SFTConfig`'s there.
 

@@ -13,12 +13,19 @@ import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder, sync_folder, write_bytes
 from fastft_jax.convert.peft_names import TensorName, bias_name, lora_names, parse_name, saved_name
-from fastft_jax.convert.peft_targets import condense_targets, match_saved_modules, match_targets, unmatched_targets
+from fastft_jax.convert.peft_targets import (
+    ALL_LINEAR,
+    condense_targets,
+    match_saved_modules,
+    match_targets,
+    unmatched_targets,
+)
 from fastft_jax.convert.safetensors import SafetensorsFile, write_safetensors
 from fastft_jax.convert.safetensors_header import parse_json_object
 from fastft_jax.errors import CheckpointError
 
 __all__ = [
+    "ALL_LINEAR",
     "TensorName",
     "adapter_config",
     "bias_name",

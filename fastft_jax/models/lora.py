@@ -31,6 +31,11 @@ class Site:
     linear: Linear
     row: int
 
+    @property
+    def adapted(self) -> bool:
+        """Does this very module have an adapter (its linear may have one for other layers only)?"""
+        return self.linear.adapted and _position(self.linear.adapted_rows, self.row) is not None
+
 
 def sites(decoder: Decoder, names: NameTable) -> Iterator[Site]:
     """Every linear inside the layers, in layer order."""

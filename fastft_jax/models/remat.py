@@ -40,7 +40,7 @@ def resolve_policy(value: str | bool | Mapping[str, str]) -> str | Policy:
                 "values save, offload or recompute"
             )
         return tuple(sorted(value.items()))
-    name = ALIASES.get(value, value)
+    name = ALIASES.get(value, value) if isinstance(value, str | bool) else None
     if name != "auto" and name not in POLICIES:
         known = ", ".join(["auto", *POLICIES, "unsloth", "true", "false"])
         raise ConfigError(f"use_gradient_checkpointing={value!r} is not one of {known}")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from fastft_jax.trainers.step import Batch, LossOptions, gradients
@@ -26,6 +27,8 @@ def first_non_finite(
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         if not np.isfinite(leaf).all():
             return f"the loss is finite, the gradient of {jax.tree_util.keystr(path)} is not"
+    if not np.isfinite(optax.tree.norm(grads)):
+        return "every gradient is finite, their norm is too large for float32"
     return "it does not recur without dropout"
 
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,8 +86,11 @@ class Loop:
     def resume(self, resume_from_checkpoint: bool | str | None) -> int:
         """Take the state of a checkpoint (True: the newest complete one); the step to go on from, 0 for a fresh run.
 
+        True where there is none yet means a fresh run: the run before may have been killed at any moment.
         Raises TrainingError when the checkpoint's run was configured otherwise, naming what differs.
         """
+        if resume_from_checkpoint is True and self.store.latest() is None:
+            return 0
         found = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if found is None:
             return 0
@@ -108,10 +112,11 @@ class Loop:
         step_fn = self._compile(reporter)
         key = jax.random.key(args.seed)
         window = _Window()
-        pending: tuple[int, dict, dict] | None = None
-        overlapped = jax.default_backend() != "cpu"  # there, a call returns when it is computed
+        pending: tuple[int, dict, Future] | None = None
         loss, saved = math.nan, first
-        with _stop_on_signals() as stop:
+        # A thread reads each step's numbers as they come, so that the next step starts at once and times are right: a
+        # call may return when its step has begun, or when it is nearly done.
+        with _stop_on_signals() as stop, ThreadPoolExecutor(1) as reader:
             for index in range(first, self.total_steps):
                 batch = self.train_source.batch(*divmod(index, self.steps_per_epoch))
                 self.trainable, self.opt_state, metrics = step_fn(
@@ -119,15 +124,14 @@ class Loop:
                 )
                 for value in metrics.values():
                     value.copy_to_host_async()  # queued now, or it would wait behind the next step
-                # Read the previous step's numbers while this one runs: the device never waits for the host.
                 if pending is not None:
                     loss = self._finish(*pending, window, reporter)
-                pending = (index + 1, batch, metrics)
+                pending = (index + 1, batch, reader.submit(_read, metrics))
                 step, last_of_epoch = index + 1, (index + 1) % self.steps_per_epoch == 0
                 stopping = stop.is_set()  # asked once: a signal from here on is the next step's to save
                 saving = args.saves_at(step, last_of_epoch=last_of_epoch) or stopping
                 evaluating = self.eval_source is not None and args.evaluates_at(step, last_of_epoch=last_of_epoch)
-                if saving or evaluating or step == self.total_steps or not overlapped:
+                if saving or evaluating or step == self.total_steps:
                     loss, pending = self._finish(*pending, window, reporter), None
                 with window.paused():
                     if evaluating:
@@ -211,9 +215,9 @@ class Loop:
     def _key(self, key: jax.Array, index: int) -> jax.Array | None:
         return jax.random.fold_in(key, index) if self.model.peft_config["lora_dropout"] else None
 
-    def _finish(self, step: int, batch: dict, metrics: dict, window: "_Window", reporter: Reporter) -> float:
+    def _finish(self, step: int, batch: dict, numbers: Future, window: "_Window", reporter: Reporter) -> float:
         """Wait for a step's numbers, report them when due, and stop the run if they are not finite."""
-        metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
+        metrics, done = numbers.result()
         if not metrics["finite"]:
             self._fail(step, batch, metrics)
         flops = useful_flops(self.model.decoder.config, batch, self._trainable_count)
@@ -224,7 +228,7 @@ class Loop:
                 epoch=step / self.steps_per_epoch,
                 learning_rate=float(self.schedule(step - 1)),
                 grad_norm=metrics["grad_norm"],
-                **window.take(),
+                **window.take(done),
             )
         else:
             reporter.advance(step)
@@ -244,15 +248,20 @@ class Loop:
         reporter.evaluation(step, epoch=step / self.steps_per_epoch, **result)
 
 
+def _read(metrics: dict[str, jax.Array]) -> tuple[dict[str, Any], float]:
+    """A step's numbers, and when they were there."""
+    return {name: np.asarray(value).item() for name, value in metrics.items()}, time.perf_counter()
+
+
 class _Window:
     """What has happened since the last reported step."""
 
     def __init__(self):
-        self.restart()
+        self._restart(time.perf_counter())
 
-    def restart(self) -> None:
+    def _restart(self, start: float) -> None:
         self._loss, self._trained, self._tokens, self._flops = 0.0, 0, 0, 0.0
-        self._start = time.perf_counter()
+        self._start = start
 
     @contextmanager
     def paused(self):
@@ -268,15 +277,16 @@ class _Window:
         self._tokens += int((batch["segment_ids"] > 0).sum())
         self._flops += flops
 
-    def take(self) -> dict[str, float]:
+    def take(self, done: float) -> dict[str, float]:
+        """The numbers for a report of a step that was done at that time; the next window starts there."""
         out = {
             "loss": self._loss / max(self._trained, 1),
             "tokens": self._tokens,
-            "seconds": time.perf_counter() - self._start,
+            "seconds": done - self._start,
             "trained_tokens": self._trained,
             "flops": self._flops,
         }
-        self.restart()
+        self._restart(done)
         return out
 
 

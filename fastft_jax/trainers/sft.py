@@ -1,19 +1,24 @@
 """Supervised fine-tuning: rows of text or conversations in, a trained adapter out."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from fastft_jax.errors import ConfigError, DataError
+from fastft_jax.errors import ConfigError, DataError, TrainingError
+from fastft_jax.quant.nf4 import NF4Array
 from fastft_jax.trainers.data import BatchSource, PreparedDataset, check_tokenizer, load_rows, prepare
 from fastft_jax.trainers.environment import environment
 from fastft_jax.trainers.exact_match import Answers, answer_held_out, questions
 from fastft_jax.trainers.loop import Loop, TrainOutput
 from fastft_jax.trainers.report import METRICS, Reporter
 from fastft_jax.trainers.sft_config import SFTConfig
+
+ADAPTER = "adapter_config.json"  # the sign of a finished run
 
 
 class SFTTrainer:
@@ -57,7 +62,11 @@ class SFTTrainer:
         evaluation = self.eval_data and BatchSource(
             self.eval_data, args.eval_batch_size, self.max_length, packing=args.packing, shuffle=False
         )
-        identity = {"lora": self.model.peft_config, "data": _fingerprint(self.train_data)}
+        identity = {
+            "model": {**asdict(model.decoder.config), "dtype": np.dtype(model.decoder.dtype).name, **_storage(model)},
+            "lora": self.model.peft_config,
+            "data": {"tokens": _fingerprint(self.train_data), "max_length": self.max_length},
+        }
         self.loop = Loop(model, args, source, evaluation, identity)
 
     @property
@@ -110,6 +119,8 @@ class SFTTrainer:
                 reporter.say(line)
             if first:
                 reporter.say(f"resumed from {self.loop.store.path(first)}")
+            elif resume:
+                reporter.say(f"{args.output_dir} has no complete checkpoint yet: starting at the beginning")
             before = self._answer(reporter, "before") if not first else None
             try:
                 output = self.loop.run(first, reporter)
@@ -137,7 +148,12 @@ class SFTTrainer:
         self.model.save_pretrained(output_dir)
         if self.train_data.chat_template is not None:
             self.tokenizer.chat_template = self.train_data.chat_template
-        self.tokenizer.save_pretrained(str(output_dir))
+        try:
+            self.tokenizer.save_pretrained(str(output_dir))
+        except Exception as error:  # its Rust part raises a bare Exception for a full disk
+            raise TrainingError(
+                f"the adapter is in {output_dir}, but its tokenizer cannot be saved: {error}"
+            ) from error
 
     def _prepare(self, dataset: Any) -> tuple[PreparedDataset, tuple[Any, str] | None]:
         if isinstance(dataset, PreparedDataset):
@@ -155,21 +171,10 @@ class SFTTrainer:
         return prepared, (rows, data_format)
 
     def _claim_output_dir(self, resume: bool | str | None) -> None:
-        folder = Path(self.args.output_dir)
-        if resume or not folder.exists():
-            return
-        if not folder.is_dir():
-            raise ConfigError(f"output_dir {folder} is a file; name a folder")
-        old = [
-            p for p in folder.iterdir() if p.name in (METRICS, "adapter_config.json") or p.name[:11] == "checkpoint-"
-        ]
-        if old and not self.args.overwrite_output_dir:
-            raise ConfigError(
-                f"output_dir {folder} holds another run ({old[0].name}); resume it with resume_from_checkpoint: true, "
-                "start afresh with overwrite_output_dir: true, or name another folder"
-            )
-        self.loop.store.clear()
-        (folder / METRICS).unlink(missing_ok=True)
+        check_output_dir(self.args, resume)
+        if not resume:
+            self.loop.store.clear()
+            (Path(self.args.output_dir) / METRICS).unlink(missing_ok=True)
 
     def _use_compile_cache(self) -> None:
         """XLA's compilation cache on disk, unless the user has set one up already."""
@@ -209,8 +214,34 @@ class SFTTrainer:
             reporter.say(f"  wanted: {_one_line(after.expected[i])}")
 
 
+def check_output_dir(args: SFTConfig, resume: bool | str | None) -> None:
+    """ConfigError where a run must not write into args.output_dir: a file, a model's own folder, another run's."""
+    folder = Path(args.output_dir)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file; name a folder")
+    if (folder / "config.json").exists():
+        raise ConfigError(f"output_dir {folder} holds a model (config.json); name another folder for the adapter")
+    names = {p.name for p in folder.iterdir()}
+    checkpoints = {name for name in names if name.startswith("checkpoint-")}
+    old = sorted(checkpoints | names & {METRICS, ADAPTER})
+    # A run that was killed before its first checkpoint may begin again; a finished one is not to be lost that way.
+    resumable = resume and (resume is not True or checkpoints or ADAPTER not in names)
+    if old and not resumable and not args.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir {folder} holds another run ({old[0]}); resume it with resume_from_checkpoint: true, "
+            "start afresh with overwrite_output_dir: true, or name another folder"
+        )
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:160]
+
+
+def _storage(model: Any) -> dict[str, bool]:
+    leaves = jax.tree.leaves(nnx.state(model.decoder), is_leaf=lambda leaf: isinstance(leaf, NF4Array))
+    return {"load_in_4bit": any(isinstance(leaf, NF4Array) for leaf in leaves)}
 
 
 def _fingerprint(data: PreparedDataset) -> str:

@@ -44,7 +44,7 @@ class SFTConfig(Options):
     overwrite_output_dir: bool = False
     """Start afresh in an output_dir that already holds another run (its checkpoints and metrics are removed)."""
     resume_from_checkpoint: bool | PathText | None = None
-    """true: the newest complete checkpoint in output_dir; or the path of one checkpoint folder."""
+    """true: the newest complete checkpoint in output_dir, the beginning if there is none; or a checkpoint's folder."""
 
     # Batches
     per_device_train_batch_size: AtLeastOne = 2

@@ -32,6 +32,10 @@ CHANGES_MATHS = frozenset(
     attn_temperature_tuning rope_interleaved layer_types sliding_window_pattern
     num_nextn_predict_layers layer_norm_eps layer_norm_epsilon""".split()
 )
+# ... but for the value that is no change
+NEUTRAL = dict.fromkeys(
+    "partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier".split(), 1.0
+)
 
 
 class HFConfig:
@@ -56,6 +60,16 @@ class HFConfig:
             raise CheckpointError(f"config.json has no {key!r}, which {self.model_type} models need")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1; without a default, one that the file must have."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"config.json: {key}={value!r} must be a whole number of at least 1")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _number(key, self.get(key, default))
+
     def require(self, key: str, allowed: tuple, default: Any = None) -> None:
         """Refuse a value we do not compute."""
         value = self.get(key, default)
@@ -71,9 +85,14 @@ class HFConfig:
 
     def rope(self, default_theta: float = 10_000.0) -> RopeConfig:
         """Rotary settings, from the published style (rope_theta, rope_scaling) or transformers 5's rope_parameters."""
-        longest = self.need("max_position_embeddings")
+        longest = self.count("max_position_embeddings")
         theta, outer_original = self.get("rope_theta"), self.get("original_max_position_embeddings")
-        scaling = {**(self.get("rope_scaling") or {}), **(self.get("rope_parameters") or {})}
+        scaling = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            given = self.get(key) or {}
+            if not isinstance(given, dict):
+                raise CheckpointError(f"config.json: {key}={given!r} is not a table of settings")
+            scaling |= given
         theta = scaling.pop("rope_theta", None) or theta or default_theta
         legacy_type = scaling.pop("type", None)
         kind = scaling.pop("rope_type", None) or legacy_type or "default"
@@ -82,10 +101,10 @@ class HFConfig:
                 f"config.json: rope_type={kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
             )
         fields = RopeConfig.__dataclass_fields__
-        unknown = sorted(k for k, v in scaling.items() if k not in fields and v is not None)
+        unknown = sorted(k for k, v in scaling.items() if k not in fields and v is not None and v != NEUTRAL.get(k))
         if unknown:
             raise CheckpointError(f"config.json: rope setting {unknown[0]}={scaling[unknown[0]]!r} is not supported")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items() if v is not None}
+        values = {k: _rope_value(k, v) for k, v in scaling.items() if v is not None and k in fields}
         if kind in ("yarn", "llama3", "longrope"):
             values.setdefault("original_max_position_embeddings", outer_original or longest)
         needed = {
@@ -98,7 +117,12 @@ class HFConfig:
             if key not in values:
                 raise CheckpointError(f"config.json: rope_type {kind!r} needs {key!r}")
         return RopeConfig(
-            **{**values, "rope_theta": float(theta), "rope_type": kind, "max_position_embeddings": longest}
+            **{
+                **values,
+                "rope_theta": float(_number("rope_theta", theta)),
+                "rope_type": kind,
+                "max_position_embeddings": longest,
+            }
         )
 
     def finish(self) -> None:
@@ -109,8 +133,22 @@ class HFConfig:
             if key not in self._read and key not in HARMLESS and value not in (None, False, {}, [])
         }
         for key, value in left.items():
-            if key in CHANGES_MATHS:
+            if key in CHANGES_MATHS and value != NEUTRAL.get(key):
                 raise CheckpointError(f"config.json: {key}={value!r} is not supported for {self.model_type} models")
-        if left:
-            names = ", ".join(f"{k}={v!r}"[:80] for k, v in left.items())
+        unknown = {key: value for key, value in left.items() if key not in CHANGES_MATHS}
+        if unknown:
+            names = ", ".join(f"{k}={v!r}"[:80] for k, v in unknown.items())
             warnings.warn(f"config.json keys without a meaning here are ignored: {names}", stacklevel=3)
+
+
+def _number(key: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key}={value!r} must be a number")
+    return value
+
+
+def _rope_value(key: str, value: Any) -> Any:
+    """Numbers, and the two settings that are none: lists of divisors, and `truncate`."""
+    if key in ("short_factor", "long_factor") and isinstance(value, list):
+        return tuple(_number(key, item) for item in value)
+    return value if key == "truncate" and isinstance(value, bool) else _number(key, value)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.families.hf_config import HFConfig
 from fastft_jax.models.families.names import NameTable
@@ -11,19 +12,21 @@ NAMES = NameTable()
 
 def common(hf: HFConfig, **family: Any) -> DecoderConfig:
     """What every Llama-shaped family shares; `family` gives or overrides DecoderConfig's fields."""
-    heads, layers = hf.need("num_attention_heads"), hf.need("num_hidden_layers")
+    heads, layers, width = (hf.count(key) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
     hf.require("hidden_act", ("silu", "swish"), "silu")
+    if hf.get("head_dim") is None and "head_dim" not in family and width % heads:
+        raise CheckpointError(f"config.json: hidden_size={width} is not a multiple of num_attention_heads={heads}")
     fields = {
         "model_type": hf.model_type,
-        "vocab_size": hf.need("vocab_size"),
-        "hidden_size": hf.need("hidden_size"),
-        "intermediate_size": hf.need("intermediate_size"),
+        "vocab_size": hf.count("vocab_size"),
+        "hidden_size": width,
+        "intermediate_size": hf.count("intermediate_size"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads", heads),
-        "head_dim": hf.get("head_dim", hf.need("hidden_size") // heads),
-        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "max_position_embeddings": hf.need("max_position_embeddings"),
+        "num_key_value_heads": hf.count("num_key_value_heads", heads),
+        "head_dim": hf.count("head_dim", width // heads or 1),
+        "rms_norm_eps": hf.number("rms_norm_eps", 1e-6),
+        "max_position_embeddings": hf.count("max_position_embeddings"),
         "rope": hf.rope(),
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
         "layer_windows": (None,) * layers,

@@ -10,5 +10,6 @@ NAMES = NameTable()
 
 def config_from_hf(hf: HFConfig) -> DecoderConfig:
     # transformers' default where the key is absent; published files without a window say null
-    window = hf.get("sliding_window") if "sliding_window" in hf else 4096
-    return common(hf, layer_windows=(window,) * hf.need("num_hidden_layers"))
+    given = "sliding_window" not in hf or hf.get("sliding_window") is not None
+    window = hf.count("sliding_window", 4096) if given else None
+    return common(hf, layer_windows=(window,) * hf.count("num_hidden_layers"))

@@ -16,6 +16,6 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         qk_norm=True,
         qkv_bias=bias,
         o_bias=bias,
-        head_dim=hf.get("head_dim", 128),
+        head_dim=hf.count("head_dim", 128),
         layer_windows=windows(hf),
     )

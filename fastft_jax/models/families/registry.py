@@ -21,7 +21,8 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
             f"config.json: model_type={hf.model_type!r} is not supported (supported: {', '.join(FAMILIES)}).{remote}"
         )
     if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
+        settings = values["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise CheckpointError(
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
         )
