@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, what it leaves alone, and that a finished run can be gone on from."""
+"""The command line: what it prints, what it writes, what it leaves alone, and that a run can be gone on from."""
 
 import json
 import os

@@ -1,9 +1,8 @@
 """What the documentation says is what the code does."""
 
+import json
 import re
 import runpy
-
-import pytest
 
 
 def test_the_options_page_is_what_the_option_classes_say(repo):
@@ -26,6 +25,13 @@ def test_links_of_the_documentation_lead_somewhere(repo):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("word", ["FULL_TOKS", "NONE_TOKS", "LOAD s", "FIRST s"])
-def test_the_readme_has_no_blanks_left(repo, word):
-    assert word not in (repo / "README.md").read_text()
+def test_the_speeds_in_the_readme_are_recorded_ones(repo):
+    """Every row of the table is the newest record of that policy, rounded."""
+    text = (repo / "README.md").read_text()
+    records = [json.loads(line) for line in (repo / "benchmarks" / "sft_8b.jsonl").read_text().splitlines()]
+    newest = {r["policy"]: r for r in records if "packing" not in r["command"]}
+    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \(.*?\) \| ([\d.]+) GB \|", text)
+    assert {name for name, *_ in rows} == newest.keys()
+    for name, speed, memory in rows:
+        assert int(speed.replace(",", "")) == round(newest[name]["tokens_per_second"])
+        assert float(memory) == round(newest[name]["peak_memory_gb"], 1)

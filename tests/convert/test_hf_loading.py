@@ -85,7 +85,7 @@ def test_linears_are_bitsandbytes_bit_for_bit_and_logits_are_transformers_with_t
 
 
 def test_the_real_model_in_nf4_gives_the_logits_that_bitsandbytes_gave(shared_data, stories):
-    """reference.npz: transformers with bitsandbytes's own NF4 linears, quantised from bfloat16, computing in float32."""
+    """reference.npz: transformers with bitsandbytes's own NF4 linears, quantised from bfloat16, float32 maths."""
     reference = np.load(shared_data / "bnb" / "stories260k-nf4-dq" / "reference.npz")
     ours = load(stories("bfloat16"))
     logits = np.asarray(ours(reference["input_ids"]))
