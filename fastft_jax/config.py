@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from fastft_jax.config_sections import DataSection, ExportSection, LoraSection, ModelSection
 from fastft_jax.config_yaml import Given, parse_value, read_file
 from fastft_jax.errors import ConfigError
-from fastft_jax.trainers.options import Options, Problem, UnsupportedOption, did_you_mean, fingerprint, shown, unknown
+from fastft_jax.trainers.options import Options, Problem, UnsupportedOption, did_you_mean, shown, unknown
 from fastft_jax.trainers.sft_config import SFTConfig
 
 SECTIONS: dict[str, type[Options]] = {
@@ -219,18 +219,3 @@ def resolved_lines(config: RunConfig, origins: dict[str, str]) -> list[str]:
     ]
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f"{name:<{wide[0]}}  {value:<{wide[1]}}  {origin}" for name, value, origin in rows]
-
-
-def maths(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The options that change what a run computes: not where it writes, how it is watched, or what it recomputes."""
-    return {
-        "model": config.model.model_dump(exclude={"token"}),
-        "lora": config.lora.model_dump(exclude={"use_gradient_checkpointing"}),
-        "data": config.data.model_dump(include={"path", "name", "split", "eval_fraction"}),
-        "training": config.training.maths(),
-    }
-
-
-def config_hash(config: RunConfig) -> str:
-    """SHA-256 of `maths(config)`: equal for two runs that compute the same."""
-    return fingerprint(maths(config))

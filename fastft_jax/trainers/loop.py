@@ -21,12 +21,14 @@ import numpy as np
 from flax import nnx
 
 from fastft_jax.errors import ConfigError, TrainingError
+from fastft_jax.pallas_kernels.attention import current_device, select_implementation
 from fastft_jax.pallas_kernels.linear_cross_entropy import default_chunk_size
 from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
 from fastft_jax.trainers.data import BatchSource
 from fastft_jax.trainers.diagnose import first_non_finite
 from fastft_jax.trainers.flops import useful_flops
 from fastft_jax.trainers.optim import make_optimizer
+from fastft_jax.trainers.options import fingerprint
 from fastft_jax.trainers.report import Reporter
 from fastft_jax.trainers.sft_config import SFTConfig
 from fastft_jax.trainers.step import LossOptions, compile_fitting, make_eval_step, make_train_step, program_bytes
@@ -169,7 +171,9 @@ class Loop:
     def save(self, step: int) -> None:
         """A checkpoint of everything that a later process needs to go on from `step`."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        meta = {"step": step, "data": {"epoch": epoch, "index": index}, "identity": _jsonable(self.identity)}
+        identity = _jsonable(self.identity)
+        meta = {"step": step, "data": {"epoch": epoch, "index": index}, "identity": identity}
+        meta |= {"config_hash": fingerprint(identity), "prng": {"seed": self.args.seed, "folded_in": step}}
         self.store.save(step, {"trainable": self.trainable, "opt_state": self.opt_state}, meta)
 
     def program_bytes(self) -> int | None:
@@ -188,6 +192,7 @@ class Loop:
             step = make_train_step(self._definition, self.optimizer, options)
             return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
 
+        reporter.say(self._kernels())
         start = time.perf_counter()
         stats = jax.local_devices()[0].memory_stats() or {}
         limit = int(stats["bytes_limit"] * MEMORY_SHARE) if "bytes_limit" in stats else None
@@ -197,6 +202,23 @@ class Loop:
             f"the step needs {program_bytes(self._compiled) / 2**30:.2f} GiB"
         )
         return self._compiled
+
+    def _kernels(self) -> str:
+        """Which kernels the step uses on this device, and why not faster ones."""
+        c, source = self.model.decoder.config, self.train_source
+        shape = (source.batch_size // self.micro_batches, source.width)
+        platform, capability = current_device()
+        chosen = select_implementation(
+            q_shape=(*shape, c.num_attention_heads, c.head_dim),
+            kv_shape=(*shape, c.num_key_value_heads, c.head_dim),
+            dtype=self.model.decoder.dtype,
+            packed=source.packing,
+            max_segments=source.max_segments,
+            platform=platform,
+            compute_capability=capability,
+        )
+        why = f" ({'; '.join(chosen.reasons)})" if chosen.reasons else ""
+        return f"kernels: attention {chosen.name}{why} | nf4 {'triton' if platform == 'gpu' else 'xla'}"
 
     def _options(self, policy: Any, source: BatchSource) -> LossOptions:
         vocab = self.model.decoder.config.vocab_size
