@@ -3,7 +3,8 @@
 PY := .venv/bin/python
 SETUP := sh scripts/setup_venv.sh
 # The suite is run by as many processes as there are cores, so each computes on one thread
-TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+# Bytecode is kept even where the environment forbids it: many tests start processes, and imports would be compiled anew
+TEST_ENV := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST_ARGS ?=
 
 .PHONY: help quickstart test lint format constraints clean
@@ -18,7 +19,7 @@ help:
 
 quickstart:
 	@$(SETUP)
-	$(PY) -m fastft_jax.sft --config configs/quickstart.yaml
+	PYTHONDONTWRITEBYTECODE= $(PY) -m fastft_jax.sft --config configs/quickstart.yaml
 
 test: lint
 	@if nvidia-smi -L >/dev/null 2>&1; then \

@@ -1,20 +1,16 @@
 """What the backward pass keeps or recomputes changes memory, never the loss or a gradient."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from flax import nnx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
-import tiny_run  # noqa: E402
-
-from fastft_jax.errors import ConfigError  # noqa: E402
-from fastft_jax.models.remat import POLICIES, RESIDUAL_NAMES, resolve_policy  # noqa: E402
-from fastft_jax.trainers.step import LossOptions, compile_fitting, gradients  # noqa: E402
+from fastft_jax.errors import ConfigError
+from fastft_jax.models.remat import POLICIES, RESIDUAL_NAMES, resolve_policy
+from fastft_jax.trainers.step import LossOptions, compile_fitting, gradients
 
 USERS_TABLE = {"q": "save", "attn_out": "save", "gate": "recompute", "layer_input": "offload"}
 
