@@ -75,11 +75,13 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     import jax
 
     from fastft_jax.language_model import FastLanguageModel
+    from fastft_jax.trainers.compile_cache import use_compile_cache
     from fastft_jax.trainers.environment import environment, environment_lines, memory_in_use
     from fastft_jax.trainers.sft import SFTTrainer, check_output_dir
 
     if not dry_run:  # before minutes of loading, not after
         check_output_dir(config.training, config.training.resume_from_checkpoint)
+        use_compile_cache(config.training.compile_cache)  # loading compiles, too
     for line in environment_lines(environment(jax.local_devices()[0])):
         print(line)
     train, evaluation = _rows(config)  # first, because it fails fast

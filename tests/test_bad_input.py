@@ -257,7 +257,6 @@ def test_a_data_set_that_cannot_be_trained_on(name, content, words, refused, run
         ("data.data_format=alpaca", ["'alpaca' wants instruction, output", "the columns are messages"]),
         ("data.chat_template=chatmll", ["chat_template 'chatmll'", "did you mean 'chatml'?"]),
         ("data.eval_fraction=0.001 training.eval_strategy=epoch", ["eval_fraction=0.001 of 24 rows"]),
-        ("training.resume_from_checkpoint=true", ["no complete checkpoint to resume from"]),
         ("training.resume_from_checkpoint=/none/checkpoint-3", ["/none/checkpoint-3 is not a checkpoint"]),
         ("training.output_dir=/proc/none/out", ["/proc/none", "No such file or directory"]),
         (f"training.output_dir={'x' * 300}", ["File name too long"]),

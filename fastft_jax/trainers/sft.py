@@ -11,6 +11,7 @@ from flax import nnx
 
 from fastft_jax.errors import ConfigError, DataError, TrainingError
 from fastft_jax.quant.nf4 import NF4Array
+from fastft_jax.trainers.compile_cache import use_compile_cache
 from fastft_jax.trainers.data import BatchSource, PreparedDataset, check_tokenizer, load_rows, prepare
 from fastft_jax.trainers.environment import environment
 from fastft_jax.trainers.exact_match import Answers, answer_held_out, questions
@@ -101,7 +102,7 @@ class SFTTrainer:
         args = self.args
         resume = resume_from_checkpoint if resume_from_checkpoint is not None else args.resume_from_checkpoint
         self._claim_output_dir(resume)
-        self._use_compile_cache()
+        use_compile_cache(args.compile_cache)
         first = self.loop.resume(resume)
         device = jax.local_devices()[0]
         info = run_info or {"config": {"training": args.model_dump()}}
@@ -175,13 +176,6 @@ class SFTTrainer:
         if not resume:
             self.loop.store.clear()
             (Path(self.args.output_dir) / METRICS).unlink(missing_ok=True)
-
-    def _use_compile_cache(self) -> None:
-        """XLA's compilation cache on disk, unless the user has set one up already."""
-        if jax.config.jax_compilation_cache_dir is None:
-            default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "fastft-jax" / "xla"
-            folder = Path(self.args.compile_cache or default).expanduser()
-            jax.config.update("jax_compilation_cache_dir", str(folder))
 
     def _held_out_questions(self, eval_rows: tuple[Any, str] | None) -> list[list[dict[str, str]]]:
         if not self.args.exact_match_rows:
