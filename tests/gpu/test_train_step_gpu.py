@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_run
+import torch
 from flax import nnx
 
 from fastft_jax import FastLanguageModel
@@ -21,7 +22,12 @@ def folder(tmp_path_factory):
     if jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     widths = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=LAYERS)
-    model = tiny.make_model("llama-3.1", **widths).bfloat16()  # both runs then quantise the same weights
+    model = tiny.make_model("llama-3.1", **widths)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.25)  # as wide as trained weights are: wilder ones amplify every rounding
+    model = model.bfloat16()  # both runs then quantise the same weights
     return tiny.save(model, tmp_path_factory.mktemp("base"))
 
 
@@ -46,10 +52,11 @@ def step(folder, dtype: str, packing: bool, policy: str = "none"):
 def test_bfloat16_step_follows_the_float32_step(folder, packing):
     loss, grads, text = step(folder, "bfloat16", packing)
     wanted, reference, _ = step(folder, "float32", packing)
-    # bfloat16 keeps 8 bits: 0.4% a rounding, and a handful of them lie between the loss and any gradient
+    # bfloat16 keeps 8 bits: 0.4% a rounding, and many lie between the loss and a gradient; on a CPU, bfloat16 through
+    # the plain references is 2.4% off for the worst leaf
     assert abs(loss - wanted) < 0.01 * wanted
     for name, value in reference.items():
-        assert np.linalg.norm(grads[name] - value) < 0.08 * np.linalg.norm(value), name
+        assert np.linalg.norm(grads[name] - value) < 0.05 * np.linalg.norm(value), name
     assert "nf4_dequantize_double" in text
     assert "__cudnn$fmha" in text
 
