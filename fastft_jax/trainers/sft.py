@@ -13,7 +13,7 @@ from fastft_jax.errors import ConfigError, DataError, TrainingError
 from fastft_jax.quant.nf4 import NF4Array
 from fastft_jax.trainers.compile_cache import use_compile_cache
 from fastft_jax.trainers.data import BatchSource, PreparedDataset, check_tokenizer, load_rows, prepare
-from fastft_jax.trainers.environment import environment
+from fastft_jax.trainers.environment import environment, write_run_file
 from fastft_jax.trainers.exact_match import Answers, answer_held_out, questions
 from fastft_jax.trainers.loop import Loop, TrainOutput
 from fastft_jax.trainers.report import METRICS, Reporter
@@ -97,8 +97,6 @@ class SFTTrainer:
         run_info: what else to store in run.json (resolved options and their origins).
         Raises ConfigError when output_dir holds another run, TrainingError when the run fails; checkpoints stay.
         """
-        from fastft_jax.trainers.environment import write_run_file
-
         args = self.args
         resume = resume_from_checkpoint if resume_from_checkpoint is not None else args.resume_from_checkpoint
         self._claim_output_dir(resume)
