@@ -47,7 +47,7 @@ class ModelSection(Options):
     max_seq_length: AtLeastOne = 2048
     """Longest row. It never changes the rotary embedding."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of activations and unquantised weights; null: bfloat16 on a GPU, float32 on a CPU."""
+    """Of activations and unquantised weights (float16 cannot train yet); null: bfloat16 on a GPU, float32 on a CPU."""
     load_in_4bit: bool = True
     """Keep the base's linear layers in NF4 with double quantisation."""
     load_in_8bit: bool = False

@@ -68,7 +68,6 @@ class FastLanguageModel:
         token: str | None = None,
         revision: str | None = None,
         random_state: int = 3407,
-        is_trainable: bool = True,
     ) -> tuple["FastLanguageModel", Any]:
         """(model, tokenizer) from a local folder or a hub id: a base model, or a PEFT adapter with its base.
 
@@ -85,8 +84,6 @@ class FastLanguageModel:
             raise ConfigError(f"max_seq_length={max_seq_length} must be at least 1")
         folder = resolve_model(str(model_name), revision=revision, token=token)
         if (folder / peft.CONFIG).exists():
-            if not is_trainable:
-                raise NotImplementedError("is_trainable=False is not built yet")
             return cls._from_adapter(
                 folder,
                 max_seq_length=max_seq_length,
@@ -126,7 +123,6 @@ class FastLanguageModel:
         base = config.get("base_model_name_or_path")
         if not base:
             raise CheckpointError(f"{folder / peft.CONFIG} does not name its base model")
-        seed = options.pop("random_state")
         if (Path(base).expanduser() / peft.CONFIG).exists():
             raise CheckpointError(
                 f"the base of adapter {folder} is itself an adapter ({base}): name the model it is of"
@@ -135,7 +131,7 @@ class FastLanguageModel:
             model, tokenizer = cls.from_pretrained(base, revision=config.get("revision"), **options)
         except CheckpointError as error:
             raise CheckpointError(f"the base of adapter {folder} cannot be loaded: {error}") from error
-        model._attach(config, seed, init=True)
+        model._attach(config, options["random_state"], init=True)
         model._take_tensors(folder, tensors)
         model.adapter_path = folder
         own = load_tokenizer(folder, warn=False)
@@ -172,6 +168,7 @@ class FastLanguageModel:
             raise ConfigError(f"bias={bias!r} is not one of none, all, lora_only")
         policy = resolve_policy(use_gradient_checkpointing)
         paths = model._linear_paths()
+        peft.require_targets(target_modules, paths)
         if target_modules == "all-linear":
             target_modules = peft.condense_targets(peft.match_targets("all-linear", paths), paths)
         config = peft.adapter_config(

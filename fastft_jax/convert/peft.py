@@ -18,7 +18,7 @@ from fastft_jax.convert.peft_targets import (
     condense_targets,
     match_saved_modules,
     match_targets,
-    unmatched_targets,
+    require_targets,
 )
 from fastft_jax.convert.safetensors import SafetensorsFile, write_safetensors
 from fastft_jax.convert.safetensors_header import parse_json_object
@@ -35,8 +35,8 @@ __all__ = [
     "match_targets",
     "parse_name",
     "read_adapter",
+    "require_targets",
     "saved_name",
-    "unmatched_targets",
     "unsupported",
     "write_adapter",
 ]

@@ -31,7 +31,7 @@ def match_targets(
     - any other string: a regular expression for the whole path;
     - `exclude_modules` (same two forms) and everything under `modules_to_save` never match.
 
-    As in PEFT, entries of a list that match nothing are ignored while another one matches; `unmatched_targets` names
+    As in PEFT, entries of a list that match nothing are ignored while another one matches; `require_targets` refuses
     them. Raises ConfigError when nothing matches, or when the options contradict each other.
     """
     if target_modules is None:
@@ -73,15 +73,12 @@ def match_targets(
     return found
 
 
-def unmatched_targets(target_modules: str | Iterable[str], module_paths: Sequence[str]) -> list[str]:
-    """Entries of a list that name no module at all (misspelt, or meant for another family)."""
-    if isinstance(target_modules, str):
-        return []
-    return [
-        target
-        for target in target_modules
-        if not any(path == target or path.endswith("." + target) for path in module_paths)
-    ]
+def require_targets(target_modules: str | Iterable[str], module_paths: Sequence[str]) -> None:
+    """ConfigError for entries of a list that name no module at all: misspelt, or meant for another family."""
+    entries = [] if isinstance(target_modules, str) else target_modules
+    unmatched = [t for t in entries if not any(path == t or path.endswith("." + t) for path in module_paths)]
+    if unmatched:
+        raise ConfigError(f"target_modules: no module is called {', '.join(unmatched)}{_hint(unmatched, module_paths)}")
 
 
 def condense_targets(matched: Collection[str], module_paths: Sequence[str]) -> list[str]:

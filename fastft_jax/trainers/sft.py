@@ -51,6 +51,9 @@ class SFTTrainer:
         if self.tokenizer is None:
             raise DataError("there is no tokenizer (processing_class is None), and text cannot be trained on without")
         check_tokenizer(self.tokenizer, model.decoder.config.vocab_size)
+        if np.dtype(model.decoder.dtype) == np.float16:
+            # gradients below 6e-8 would become zero: float16 needs a scaled loss
+            raise NotImplementedError("training in float16 is not built yet; use dtype bfloat16 or float32")
         self.max_length = args.max_length or model.max_seq_length
         self.train_data, _ = self._prepare(train_dataset)
         self.eval_data, eval_rows = (None, None) if eval_dataset is None else self._prepare(eval_dataset)

@@ -147,12 +147,11 @@ def test_a_target_without_a_match_says_what_there_is(llama, spec, word):
         ours.match_targets(module_paths=linear_paths(llama), **spec)
 
 
-def test_entries_that_name_nothing_can_be_told(llama):
-    assert ours.unmatched_targets(["q_proj", "w1", "self_attn.v_proj", "c_attn"], linear_paths(llama)) == [
-        "w1",
-        "c_attn",
-    ]
-    assert ours.unmatched_targets("all-linear", linear_paths(llama)) == []
+def test_entries_that_name_nothing_are_refused_by_name(llama):
+    with pytest.raises(ConfigError, match="no module is called w1, c_attn"):
+        ours.require_targets(["q_proj", "w1", "self_attn.v_proj", "c_attn"], linear_paths(llama))
+    ours.require_targets(["q_proj", "self_attn.v_proj"], linear_paths(llama))
+    ours.require_targets("all-linear", linear_paths(llama))
 
 
 def test_all_linear_is_written_as_leaf_names_like_peft_does_for_a_model_of_many_layers(llama, tmp_path):

@@ -82,6 +82,13 @@ def _bases(factory):
     return _CACHE["biases"]
 
 
+def test_float16_is_refused_for_training(base, tmp_path):
+    model = tiny_run.load(base, target_modules=FEW)
+    model.decoder.dtype = np.float16
+    with pytest.raises(NotImplementedError, match="float16"):
+        tiny_run.trainer(model, tmp_path / "out", tiny_run.rows(4))
+
+
 def test_training_an_nf4_base_changes_the_adapter_and_no_frozen_byte(base, tmp_path):
     model = tiny_run.load(base, in_4bit=True, target_modules=FEW, init_lora_weights=True, layers_to_transform=[1])
     before, frozen = trained(model), frozen_bytes(model)
