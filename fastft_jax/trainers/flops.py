@@ -18,5 +18,6 @@ def useful_flops(config: DecoderConfig, batch: dict[str, np.ndarray], trainable:
     qkvo = c.hidden_size * (2 * attention_width + 2 * c.num_key_value_heads * c.head_dim)
     linears = c.num_hidden_layers * (qkvo + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
     keys = batch["positions"][real].astype(np.int64) + 1
-    visible = sum(int(np.minimum(keys, window or keys.max(initial=0)).sum()) for window in c.layer_windows)
+    seen = {window: int(np.minimum(keys, window or keys.max(initial=0)).sum()) for window in set(c.layer_windows)}
+    visible = sum(seen[window] for window in c.layer_windows)
     return 4.0 * linears * tokens + 6.0 * trainable * tokens + 14.0 * attention_width * visible

@@ -43,6 +43,7 @@ class BatchSource:
         self._prepared = prepared
         self._seed = seed
         self._shuffle = shuffle
+        self._drawn: tuple[int, np.ndarray] | None = None
         self.pad_id = prepared.pad_id if pad_id is None else pad_id
         self.batch_size = batch_size
         self.packing = packing
@@ -76,8 +77,12 @@ class BatchSource:
         """Row numbers in the order of this epoch. Raw Philox output: the same in every version of numpy."""
         if not self._shuffle:
             return np.arange(self.n_rows)
+        if self._drawn is not None and self._drawn[0] == epoch:
+            return self._drawn[1]  # asked for at every step: sorting a large data set each time would be felt
         key = np.array([self._seed % 2**64, epoch % 2**64], dtype=np.uint64)
-        return np.argsort(np.random.Philox(key=key).random_raw(self.n_rows), kind="stable")
+        drawn = np.argsort(np.random.Philox(key=key).random_raw(self.n_rows), kind="stable")
+        self._drawn = epoch, drawn
+        return drawn
 
     def batch(self, epoch: int, index: int) -> dict[str, Any]:
         """Batch `index` of `epoch`: int32 [B, T] arrays, and the source rows in it.

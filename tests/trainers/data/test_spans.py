@@ -150,10 +150,9 @@ TRL_PAIRS = ["qwen2_5", "llama3", "gemma", "phi3_5", "phi3"]
 @pytest.mark.parametrize("family", TRL_PAIRS)
 def test_spans_equal_the_marks_of_trl_s_training_templates_but_for_blanks_after_the_closing(family):
     """TRL rewrote these templates by hand with {% generation %} marks; we are given the unmarked originals."""
-    trl = pytest.importorskip("trl")
+    import trl  # a requirement of the tests, whose version has all five
+
     folder = Path(trl.__file__).parent / "chat_templates"
-    if not (folder / f"{family}_training.jinja").is_file():
-        pytest.skip(f"this TRL has no training template for {family}")
     conversation = chat("Hello?", "  One \n", "<x>", "Two", "Three?", "One \n")
     original, marked = ((folder / f"{family}{kind}.jinja").read_text() for kind in ("", "_training"))
     ours, theirs = trained(original, conversation), trained(marked, conversation)
