@@ -7,7 +7,7 @@ SETUP := sh scripts/setup_venv.sh
 TEST_ENV := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST_ARGS ?=
 
-.PHONY: help quickstart test lint format constraints clean
+.PHONY: help quickstart test lint format constraints compile-kernels clean
 
 help:
 	@echo "make quickstart   fine-tune the tiny model in examples/ and look at what it learned"
@@ -15,7 +15,8 @@ help:
 	@echo "make lint         ruff and import-linter"
 	@echo "make format       rewrite the sources as ruff formats them"
 	@echo "make constraints  write constraints.txt from what is installed in .venv"
-	@echo "make clean        remove .venv, caches and outputs"
+	@echo "make compile-kernels  compile every kernel for H200, A100 and L4 without a GPU; fails where registers spill"
+	@echo "make clean        remove .venv, .venv-cuda, caches and outputs"
 
 quickstart:
 	@$(SETUP)
@@ -49,6 +50,13 @@ constraints:
 	@mv constraints.draft constraints.txt
 	@echo "constraints.txt: $$(grep -c '==' constraints.txt) versions"
 
+# An environment of its own: the CUDA plugin is large, and nothing else needs it where there is no GPU
+compile-kernels:
+	@$(SETUP)
+	@[ -x .venv-cuda/bin/python ] || { $(PY) -m venv .venv-cuda && .venv-cuda/bin/pip install -q -c constraints.txt -e . && \
+		.venv-cuda/bin/pip install -q "jax-cuda13-plugin==$$(.venv-cuda/bin/python -c 'import jax; print(jax.__version__)')"; }
+	.venv-cuda/bin/python scripts/compile_kernels.py $(KERNELS)
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist outputs *.egg-info
+	rm -rf .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist outputs *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

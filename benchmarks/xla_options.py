@@ -19,8 +19,9 @@ import jax  # noqa: E402
 
 from fastft_jax import FastLanguageModel, SFTTrainer  # noqa: E402
 from fastft_jax.config import load_config  # noqa: E402
+from fastft_jax.trainers.compile import program_bytes  # noqa: E402
 from fastft_jax.trainers.environment import environment  # noqa: E402
-from fastft_jax.trainers.step import make_train_step, program_bytes  # noqa: E402
+from fastft_jax.trainers.step import make_train_step  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}

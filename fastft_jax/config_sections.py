@@ -50,6 +50,8 @@ class ModelSection(Options):
     """Of activations and unquantised weights (float16 cannot train yet); null: bfloat16 on a GPU, float32 on a CPU."""
     load_in_4bit: bool = True
     """Keep the base's linear layers in NF4 with double quantisation."""
+    compute_dtype: Literal["fp8"] | None = None
+    """Experimental: fp8 multiplies with the NF4 layers in 8 bits (Ada, Hopper), the adapter in dtype; null: dtype."""
     load_in_8bit: bool = False
     """Not built yet: true is refused."""
     full_finetuning: bool = False

@@ -20,6 +20,7 @@ from fastft_jax.convert.peft_names import PREFIX
 from fastft_jax.convert.tokenizer import load_tokenizer
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import generate, lora
+from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dtype
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import config_from_hf
@@ -68,20 +69,24 @@ class FastLanguageModel:
         token: str | None = None,
         revision: str | None = None,
         random_state: int = 3407,
+        compute_dtype: str | None = None,
     ) -> tuple["FastLanguageModel", Any]:
         """(model, tokenizer) from a local folder or a hub id: a base model, or a PEFT adapter with its base.
 
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
         load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
-        random_state seeds what `generate` samples. The tokenizer is None, with a warning, where the folder has no
-        tokenizer files.
-        Raises CheckpointError for a folder that cannot be used, NotImplementedError for options not built yet.
+        random_state seeds what `generate` samples. compute_dtype="fp8" (experimental) multiplies with the NF4 layers in
+        8 bits, on GPUs of compute capability 8.9 or more; a CPU emulates it. The tokenizer is None, with a warning,
+        where the folder has no tokenizer files.
+        Raises CheckpointError for a folder that cannot be used, ConfigError for options that do not fit the device or
+        each other, NotImplementedError for options not built yet.
         """
         for option, value in (("load_in_8bit", load_in_8bit), ("full_finetuning", full_finetuning)):
             if value:
                 raise NotImplementedError(f"{option}=True is not built yet")
         if max_seq_length < 1:
             raise ConfigError(f"max_seq_length={max_seq_length} must be at least 1")
+        check_compute_dtype(compute_dtype, load_in_4bit)
         folder = resolve_model(str(model_name), revision=revision, token=token)
         if (folder / peft.CONFIG).exists():
             return cls._from_adapter(
@@ -92,6 +97,7 @@ class FastLanguageModel:
                 rope_scaling=rope_scaling,
                 token=token,
                 random_state=random_state,
+                compute_dtype=compute_dtype,
             )
         values = read_config(folder)
         if rope_scaling is not None:
@@ -107,6 +113,7 @@ class FastLanguageModel:
                 stacklevel=2,
             )
         decoder = load_decoder(folder, config, names, dtype=_dtype(dtype), load_in_4bit=load_in_4bit)
+        set_compute_dtype(decoder, compute_dtype)
         model = cls(
             decoder,
             names,
@@ -321,6 +328,8 @@ class FastLanguageModel:
         segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
         if attention_mask is not None:
             mask = (jnp.asarray(attention_mask) != 0).astype(jnp.int32)
+            if int((jnp.abs(jnp.diff(mask, axis=1)).sum(axis=1) + mask[:, 0] + mask[:, -1]).max()) > 2:
+                raise ValueError("attention_mask has holes: the tokens of a row must stand together")
             segments = mask if segments is None else segments * mask
         positions = None if positions is None else jnp.asarray(positions, jnp.int32)
         definition, state = nnx.split(self.decoder)

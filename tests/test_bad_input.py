@@ -467,7 +467,7 @@ def test_too_little_device_memory_says_what_to_lower(cli, run_config, monkeypatc
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
 
-    monkeypatch.setattr(loop, "compile_fitting", full)
+    monkeypatch.setattr(loop, "compile_step", full)
     ran = cli("--config", run_config())
     assert ran.code == 1 and len(ran.err.splitlines()) == 1
     assert "memory is full" in ran.err and "per_device_train_batch_size" in ran.err
@@ -479,7 +479,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(cli, run_config, monkeypatch
     def wrong(*_):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(loop, "compile_fitting", wrong)
+    monkeypatch.setattr(loop, "compile_step", wrong)
     with pytest.raises(AssertionError, match="a bug"):
         cli("--config", run_config())
 

@@ -28,10 +28,13 @@ def test_links_of_the_documentation_lead_somewhere(repo):
 def test_the_speeds_in_the_readme_are_recorded_ones(repo):
     """Every row of the table is the newest record of that policy, rounded."""
     text = (repo / "README.md").read_text()
-    records = [json.loads(line) for line in (repo / "benchmarks" / "sft_8b.jsonl").read_text().splitlines()]
-    newest = {r["policy"]: r for r in records if "packing" not in r["command"]}
-    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \(.*?\) \| ([\d.]+) GB \|", text)
+    records = [json.loads(line) for line in (repo / "benchmarks" / "steps.jsonl").read_text().splitlines()]
+    plain = {"batch": 2, "seq": 4096, "packed": False, "compute_dtype": None}
+    newest = {r["policy"]: r for r in records if plain.items() <= r.items()}
+    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \((.*?) to (.*?)\) \| ([\d.]+) GiB \|", text)
     assert {name for name, *_ in rows} == newest.keys()
-    for name, speed, memory in rows:
-        assert int(speed.replace(",", "")) == round(newest[name]["tokens_per_second"])
-        assert float(memory) == round(newest[name]["peak_memory_gb"], 1)
+    for name, *speeds, memory in rows:
+        record = newest[name]
+        recorded = (record["tokens_per_second"], *record["tokens_per_second_range"])
+        assert [int(number.replace(",", "")) for number in speeds] == [round(x) for x in recorded]
+        assert float(memory) == round(record["peak_memory_bytes"] / 2**30, 1)

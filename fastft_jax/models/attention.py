@@ -5,13 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import RMSNorm
+from fastft_jax.models.layers import RMSNorm, project_normed
+from fastft_jax.models.residuals import Keep
 from fastft_jax.pallas_kernels.attention import attention
-from fastft_jax.pallas_kernels.rope import apply_rope
+from fastft_jax.pallas_kernels.rope import rope_qkv
 
 
 class Sequence(NamedTuple):
@@ -48,21 +48,34 @@ class Attention(nnx.Module):
         self.o_proj = load.linear("self_attn.o_proj", d, n, c.o_bias)
         self.q_norm = RMSNorm(load("self_attn.q_norm.weight", (c.head_dim,)), c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(load("self_attn.k_norm.weight", (c.head_dim,)), c.rms_norm_eps) if c.qk_norm else None
+        self.num_heads, self.num_kv_heads = c.num_attention_heads, c.num_key_value_heads
         self.head_dim, self.window = c.head_dim, window
 
     def __call__(
-        self, x: Float[Array, "B T D"], seq: Sequence, cache: KVCache | None = None, keys: Array | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attention output, and the cache with this call's keys and values written at `seq.q_offset`."""
+        self,
+        x: Float[Array, "B T D"],
+        norm: RMSNorm,
+        seq: Sequence,
+        keep: Keep,
+        cache: KVCache | None = None,
+        keys: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], KVCache | None]:
+        """Attention over norm(x), x for the residual connection, and the cache with this call's keys and values
+        written at `seq.q_offset`."""
         drop = (None,) * 4 if keys is None else keys
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x, drop[0]).reshape(heads)
-        k = self.k_proj(x, drop[1]).reshape(heads)
-        v = checkpoint_name(self.v_proj(x, drop[2]).reshape(heads), "v")
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = checkpoint_name(apply_rope(q, seq.cos, seq.sin), "q")
-        k = checkpoint_name(apply_rope(k, seq.cos, seq.sin), "k")
+        qkv, x = project_normed(norm, (self.q_proj, self.k_proj, self.v_proj), x, keep, drop[:3])
+        q, k, v = rope_qkv(
+            qkv,
+            seq.cos,
+            seq.sin,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            q_norm=None if self.q_norm is None else self.q_norm.weight.get_value(),
+            k_norm=None if self.k_norm is None else self.k_norm.weight.get_value(),
+            eps=None if self.q_norm is None else self.q_norm.eps,
+        )
+        q, k, v = keep("q", q), keep("k", k), keep("v", v)
         if cache is not None:
             at = (0, seq.q_offset, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at)
@@ -79,9 +92,9 @@ class Attention(nnx.Module):
             q_offset=seq.q_offset,
             max_segments=seq.max_segments,
             max_document_length=seq.max_document_length,
+            keep=keep,
         )
-        out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attn_out")
-        return self.o_proj(out, drop[3]), cache
+        return self.o_proj(out.reshape(*x.shape[:2], -1), keep, drop[3]), x, cache
 
 
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.attention import Attention, KVCache, Sequence
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.layers import Embedding, Linear, RMSNorm
 from fastft_jax.models.mlp import GatedMLP
-from fastft_jax.models.remat import LAYER_INPUT, Policy, checkpoint_layer
+from fastft_jax.models.remat import Policy
+from fastft_jax.models.residuals import Keep
 from fastft_jax.models.rope import rope_tables
+from fastft_jax.models.stack import run_layers
+from fastft_jax.quant.nf4 import NF4Array
 
 # path inside a layer or the decoder, its shape, the layers to stack (None: not in a layer) -> array or quantised array
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
@@ -50,14 +52,22 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, load)
 
     def __call__(
-        self, x: Float[Array, "B T D"], seq: Sequence, cache: KVCache | None = None, key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        seq: Sequence,
+        cache: KVCache | None = None,
+        key: Array | None = None,
+        keep: Keep | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         keys = None if key is None else jax.random.split(key, DROPOUT_KEYS_A_LAYER)
+        keep = Keep() if keep is None else keep
         with jax.named_scope("attention"):
-            out, cache = self.self_attn(self.input_layernorm(x), seq, cache, None if keys is None else keys[:4])
-        x = checkpoint_name(x + out, "mid_residual")
+            attention_keys = None if keys is None else keys[:4]
+            out, x, cache = self.self_attn(x, self.input_layernorm, seq, keep, cache, attention_keys)
+        x = keep("mid_residual", x + out)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x), None if keys is None else keys[4:]), cache
+            out, x = self.mlp(x, self.post_attention_layernorm, keep, None if keys is None else keys[4:])
+        return x + out, cache
 
 
 class Decoder(nnx.Module):
@@ -96,17 +106,18 @@ class Decoder(nnx.Module):
         seq = Sequence(cos, sin, segment_ids, max_segments, max_document_length)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hidden_layers)
         for segment, layers in zip(self.segments, self.config.segments, strict=True):
-            leaves, merge = _stacked(segment)
+            stack = _Stack.of(segment)
             picked = None if keys is None else [keys[jnp.array(rows)] for rows in layers]
+            arrays = (seq.cos, seq.sin, seq.segment_ids)
 
-            def body(x, xs, merge=merge):
-                leaves, place_keys = xs
-                x = checkpoint_name(x, LAYER_INPUT)
-                for p, layer in enumerate(merge(leaves)):
-                    x, _ = layer(x, seq, None, None if place_keys is None else place_keys[p])
-                return x, None
+            def layer(x, trainable, frozen, index, keep, stack=stack):
+                (cos, sin, segment_ids), keys, frozen = frozen
+                here = seq._replace(cos=cos, sin=sin, segment_ids=segment_ids)
+                for p, block in enumerate(stack.layers(trainable, frozen, index)):
+                    x, _ = block(x, here, None, None if keys is None else keys[p][index], keep)
+                return x
 
-            x, _ = jax.lax.scan(checkpoint_layer(body, policy), x, (leaves, picked))
+            x = run_layers(layer, len(layers[0]), policy, x, stack.trainable, (arrays, picked, stack.frozen))
         return self.norm(x)
 
     def map_layers(
@@ -121,16 +132,16 @@ class Decoder(nnx.Module):
         seq = Sequence(cos, sin, segment_ids)
         seen = [fn(x)[None]]
         for segment in self.segments:
-            leaves, merge = _stacked(segment)
+            stack = _Stack.of(segment)
 
-            def body(x, leaves, merge=merge):
+            def body(x, xs, stack=stack):
                 outputs = []
-                for layer in merge(leaves):
+                for layer in stack.layers(xs[1], stack.frozen, xs[0]):
                     x, _ = layer(x, seq)
                     outputs.append(fn(x))
                 return x, jnp.stack(outputs)
 
-            x, outputs = jax.lax.scan(body, x, leaves)
+            x, outputs = jax.lax.scan(body, x, (jnp.arange(stack.count), stack.trainable))
             seen.append(outputs.reshape(-1, *outputs.shape[2:]))
         return jnp.concatenate(seen)
 
@@ -151,17 +162,17 @@ class Decoder(nnx.Module):
         seq = Sequence(cos, sin, segment_ids, kv_segment_ids=kv_segment_ids, q_offset=q_offset)
         new = []
         for segment, segment_caches in zip(self.segments, caches, strict=True):
-            leaves, merge = _stacked(segment)
+            stack = _Stack.of(segment)
 
-            def body(x, xs, merge=merge):
-                leaves, layer_caches = xs
+            def body(x, xs, stack=stack):
+                index, trainable, layer_caches = xs
                 written = []
-                for layer, cache in zip(merge(leaves), layer_caches, strict=True):
+                for layer, cache in zip(stack.layers(trainable, stack.frozen, index), layer_caches, strict=True):
                     x, cache = layer(x, seq, cache)
                     written.append(cache)
                 return x, written
 
-            x, written = jax.lax.scan(body, x, (leaves, segment_caches))
+            x, written = jax.lax.scan(body, x, (jnp.arange(stack.count), stack.trainable, segment_caches))
             new.append(written)
         return self.norm(x), new
 
@@ -193,16 +204,32 @@ class Decoder(nnx.Module):
         return self.embed_tokens(input_ids, self.dtype), *rope_tables(self.config.rope, self.config.head_dim, positions)
 
 
-def _stacked(segment: nnx.List) -> tuple[list, Callable[[list], list[DecoderLayer]]]:
-    """The arrays of a segment's places, to be scanned, and the function that rebuilds the layers from one slice."""
-    definitions, leaves = [], []
-    for place in segment:
-        place = nnx.merge(*nnx.split(place))  # own containers, same arrays: expand() must not reach the caller's model
-        rows = place.input_layernorm.weight.get_value().shape[0]
-        for _, module in nnx.iter_modules(place):
-            if isinstance(module, Linear):
-                module.expand(rows)
-        definition, state = nnx.split(place)
-        definitions.append(definition)
-        leaves.append(state)
-    return leaves, lambda slices: [nnx.merge(d, s) for d, s in zip(definitions, slices, strict=True)]
+class _Stack(NamedTuple):
+    """The places of a segment taken apart for a loop over its layers."""
+
+    count: int
+    definitions: list
+    trainable: list  # stacked leaves, of which the loop takes one slice each
+    frozen: list  # stacked leaves, read at the loop's index: NF4 codes where they lie
+
+    @classmethod
+    def of(cls, segment: nnx.List) -> "_Stack":
+        definitions, trainable, frozen = [], [], []
+        for place in segment:
+            place = nnx.merge(*nnx.split(place))  # own containers, same arrays: expand() must not reach the caller's
+            rows = place.input_layernorm.weight.get_value().shape[0]
+            for _, module in nnx.iter_modules(place):
+                if isinstance(module, Linear):
+                    module.expand(rows)
+            for part, value in zip((definitions, trainable, frozen), nnx.split(place, nnx.Param, ...), strict=True):
+                part.append(value)
+        return cls(rows, definitions, trainable, frozen)
+
+    def layers(self, trainable: list, frozen: list, index: Array) -> list[DecoderLayer]:
+        """The layers of one turn of the loop."""
+
+        def pick(leaf):
+            return leaf.at(index) if isinstance(leaf, NF4Array) else leaf[index]
+
+        here = jax.tree.map(pick, frozen, is_leaf=lambda leaf: isinstance(leaf, NF4Array))
+        return [nnx.merge(*parts) for parts in zip(self.definitions, trainable, here, strict=True)]

@@ -5,13 +5,19 @@ decoder every layer's arrays are stacked over the layers of one place, `[L, ...]
 before any of these modules is called.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fastft_jax.models.residuals import Keep, Slot
+from fastft_jax.pallas_kernels.glu import Activation, glu
 from fastft_jax.pallas_kernels.rms_norm import rms_norm
-from fastft_jax.quant.matmul import lora, matmul
+from fastft_jax.quant.glu_linear import glu_linear
+from fastft_jax.quant.lora_linear import Projection, lora_linear
+from fastft_jax.quant.norm_linear import Norm, norm_linear
 
 
 class Frozen(nnx.Variable):
@@ -51,19 +57,76 @@ class Linear(nnx.Module):
                 trained = self.bias[...].astype(trained.dtype).at[jnp.array(self.trained_bias_rows)].set(trained)
             self.bias, self.trained_bias = nnx.Param(trained), None
 
-    def __call__(self, x: Float[Array, "B T K"], dropout_key: Array | None = None) -> Float[Array, "B T N"]:
-        y = matmul(x, self.weight.get_value())
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype)
-        if self.adapted:
-            y = y + lora(self._drop(x, dropout_key), self.lora_A.get_value(), self.lora_B.get_value(), self.scaling)
-        return y
+    def __call__(self, x: Float[Array, "B T K"], keep: Keep, dropout_key: Array | None = None) -> Float[Array, "B T N"]:
+        return project((self,), x, keep, (dropout_key,))
 
-    def _drop(self, x: Float[Array, "B T K"], key: Array | None) -> Float[Array, "B T K"]:
-        if key is None or self.dropout == 0.0:
-            return x
-        kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
+
+def project(
+    linears: Sequence[Linear], x: Float[Array, "B T K"], keep: Keep, dropout_keys: Sequence[Array | None]
+) -> Float[Array, "B T N"]:
+    """The outputs of linears that read the same x, side by side in one array: one large product for all."""
+    dropped = None
+    if _drops(linears, dropout_keys):
+        dropped = [
+            _drop(x, m.dropout, key) if _drops((m,), (key,)) else None
+            for m, key in zip(linears, dropout_keys, strict=True)
+        ]
+    y = lora_linear(x, [_projection(m) for m in linears], [m.scaling for m in linears], dropped, keep)
+    return _with_biases(y, linears)
+
+
+def project_normed(
+    norm: "RMSNorm",
+    linears: Sequence[Linear],
+    x: Float[Array, "B T K"],
+    keep: Keep,
+    dropout_keys: Sequence[Array | None],
+) -> tuple[Float[Array, "B T N"], Float[Array, "B T K"]]:
+    """`project(linears, norm(x))`, and x again: a residual connection that starts from it costs no extra pass."""
+    if _drops(linears, dropout_keys):
+        return project(linears, norm(x), keep, dropout_keys), x
+    projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
+    y, x = norm_linear(x, norm.weight.get_value(), Norm(norm.eps), projections, scalings, keep)
+    return _with_biases(y, linears), x
+
+
+def project_glu(
+    linear: Linear, gate_up: Slot, keep: Keep, dropout_key: Array | None, activation: Activation = "silu"
+) -> Float[Array, "B T D"]:
+    """`linear(act(gate) * up)`."""
+    if _drops((linear,), (dropout_key,)):
+        return linear(glu(gate_up.read(), activation=activation), keep, dropout_key)
+    value, stack, index = gate_up
+    y = glu_linear(
+        value, _projection(linear), linear.scaling, activation=activation, stack=stack, index=index, keep=keep
+    )
+    return _with_biases(y, (linear,))
+
+
+def _projection(linear: Linear) -> Projection:
+    pair = (linear.lora_A.get_value(), linear.lora_B.get_value()) if linear.adapted else ()
+    return Projection(linear.weight.get_value(), *pair)
+
+
+def _with_biases(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Array, "B T N"]:
+    if all(m.bias is None for m in linears):
+        return y
+    widths = [m.weight.get_value().shape[0] for m in linears]
+    biases = [
+        jnp.zeros(n, y.dtype) if m.bias is None else m.bias.get_value().astype(y.dtype)
+        for m, n in zip(linears, widths, strict=True)
+    ]
+    return y + jnp.concatenate(biases)
+
+
+def _drops(linears: Sequence[Linear], keys: Sequence[Array | None]) -> bool:
+    """Does any of these adapters read its input through dropout?"""
+    return any(key is not None and m.dropout > 0.0 and m.adapted for m, key in zip(linears, keys, strict=True))
+
+
+def _drop(x: Float[Array, "B T K"], rate: float, key: Array) -> Float[Array, "B T K"]:
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

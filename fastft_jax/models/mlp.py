@@ -1,15 +1,15 @@
 """The gated feed-forward layer."""
 
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.pallas_kernels.glu import silu_glu
+from fastft_jax.models.layers import RMSNorm, project_glu, project_normed
+from fastft_jax.models.residuals import Keep
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`. Source: Shazeer 2020, arXiv:2002.05202."""
+    """`down(silu(gate(n)) * up(n))` with n = norm(x). Source: Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, config: DecoderConfig, load):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -17,8 +17,10 @@ class GatedMLP(nnx.Module):
         self.up_proj = load.linear("mlp.up_proj", f, d, bias)
         self.down_proj = load.linear("mlp.down_proj", d, f, bias)
 
-    def __call__(self, x: Float[Array, "B T D"], keys: Array | None = None) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], norm: RMSNorm, keep: Keep, keys: Array | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """The output, and x for the residual connection."""
         drop = (None,) * 3 if keys is None else keys
-        gate = checkpoint_name(self.gate_proj(x, drop[0]), "gate")
-        up = checkpoint_name(self.up_proj(x, drop[1]), "up")
-        return self.down_proj(silu_glu(gate, up), drop[2])
+        gate_up, x = project_normed(norm, (self.gate_proj, self.up_proj), x, keep, drop[:2])
+        return project_glu(self.down_proj, keep.slot("gate_up", gate_up), keep, drop[2]), x

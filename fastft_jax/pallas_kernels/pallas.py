@@ -7,7 +7,7 @@ backend modules.
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,13 +43,15 @@ def call(
     out_shape: Any,
     num_warps: int = 4,
     num_stages: int = 3,
+    input_output_aliases: Mapping[int, int] | None = None,
     interpret: bool | None = None,
 ) -> Callable[..., Any]:
     """Make a callable of a kernel of refs; `name` is what a profile and the compiled HLO call it.
 
     Blocks that stick out of an array are NOT masked on a GPU: kernels mask every load and store themselves. Only loaded
     shapes must be powers of two. `interpret=None` interprets on anything but a GPU; `False` is for compiling for a
-    GPU on a machine that has none. Gradients: wrap the op in `jax.custom_vjp`, a gridded call has no derivative.
+    GPU on a machine that has none. `input_output_aliases` maps an input's index to the output written in its place.
+    Gradients: wrap the op in `jax.custom_vjp`, a gridded call has no derivative.
     """
     _silence_deprecation()
     return pl.pallas_call(
@@ -59,6 +61,7 @@ def call(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
+        input_output_aliases=dict(input_output_aliases or {}),
         interpret=not on_gpu() if interpret is None else interpret,
         compiler_params=backend.CompilerParams(num_warps=num_warps, num_stages=num_stages),
     )

@@ -3,6 +3,7 @@
 Source: QLoRA (arXiv 2305.14314); bitsandbytes's CPU quantize_4bit and quantize_blockwise.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import nf4
 from fastft_jax.pallas_kernels.nf4 import NF4_CODE, Implementation, dynamic_map
@@ -29,7 +31,9 @@ class NF4Array:
     """A matrix W [N, K] (or a stack of them) as a pytree: its arrays, and the shape of one matrix as static data.
 
     W is flattened row by row into G = ceil(N K / 64) blocks; the last one is padded with zeros. Byte j of a block holds
-    element j in its high nibble and element j + 32 in its low one. `lead` is () or (L,) for L layers under lax.scan.
+    element j in its high nibble and element j + 32 in its low one. `lead` is () or (L,) for a stack of L layers. With
+    `layer`, the array stands for that matrix of the stack: a loop over layers reads the stack where it lies.
+    `compute` is what products with W are computed in: "fp8", or None for the dtype of the other factor.
     """
 
     codes: UInt8[Array, "*lead G 32"]
@@ -37,6 +41,26 @@ class NF4Array:
     absmax_scale: Float[Array, "*lead S"] | None  # S = ceil(G / 256)
     absmax_offset: Float[Array, "*lead"] | None
     shape: tuple[int, ...] = field(metadata={"static": True})
+    layer: Int[Array, ""] | None = None
+    compute: str | None = field(default=None, metadata={"static": True})
+
+    def at(self, layer: Int[Array, ""]) -> "NF4Array":
+        """One matrix of a stack, by an index that may be traced."""
+        return dataclasses.replace(self, layer=layer)
+
+    def sliced(self) -> "NF4Array":
+        """The matrix `layer` on its own, copied out of the stack."""
+        if self.layer is None:
+            return self
+        stacked = dataclasses.replace(self, layer=None)
+        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), stacked)
+
+    def in_stack(self) -> tuple[Any, ...]:
+        """Codes, absmax, its scale and offset, and the layer, as a kernel takes them: stacked, if only one high."""
+        leaves = (self.codes, self.absmax, self.absmax_scale, self.absmax_offset)
+        if self.layer is not None:
+            return *leaves, self.layer
+        return *(None if leaf is None else leaf[None] for leaf in leaves), 0
 
     @property
     def nbytes(self) -> int:
@@ -81,11 +105,16 @@ def quantize(w: Float[Array, "N K"], *, double_quant: bool = True) -> NF4Array:
 
 
 def dequantize(
-    q: NF4Array, dtype: jax.typing.DTypeLike, *, implementation: Implementation | None = None
+    q: NF4Array,
+    dtype: jax.typing.DTypeLike,
+    factor: Float[Array, ""] | None = None,
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "N K"]:
-    """code * absmax in float32, then one cast to `dtype`; one matrix, without leading axes."""
+    """code * absmax (times `factor`, before that product) in float32, then one cast to `dtype`; one matrix."""
+    q = q.sliced()
     blocks = nf4.dequantize(
-        q.codes, q.absmax, q.absmax_scale, q.absmax_offset, dtype=dtype, implementation=implementation
+        q.codes, q.absmax, q.absmax_scale, q.absmax_offset, factor, dtype=dtype, implementation=implementation
     )
     n = math.prod(q.shape)
     flat = blocks.reshape(-1)
@@ -94,7 +123,7 @@ def dequantize(
 
 def stack(arrays: Sequence[NF4Array]) -> NF4Array:
     """L matrices of one shape on a new leading axis, for lax.scan. Raises ValueError when they differ."""
-    kinds = {(a.shape, a.absmax.dtype) for a in arrays}
+    kinds = {(a.shape, a.absmax.dtype, a.compute) for a in arrays}
     if len(kinds) != 1:
         raise ValueError(f"only NF4 arrays of one shape and kind can be stacked, got {sorted(map(str, kinds))}")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)

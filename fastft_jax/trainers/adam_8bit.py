@@ -1,27 +1,27 @@
 """Adam with 8-bit moments: bitsandbytes's AdamW8bit as an optax transformation."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from fastft_jax.quant import blockwise
+from fastft_jax.pallas_kernels.adamw_8bit import BLOCK, Implementation, Moment, adam, adam_8bit
 
 MIN_8BIT_SIZE = 4096
-
-
-class Moment(NamedTuple):
-    """A moment of one parameter: M matrices of n elements, each cut into S = ceil(n / 256) blocks of its own."""
-
-    codes: UInt8[Array, "M n"]
-    absmax: Float[Array, "M S"]
+# What a part of a block is filled up with: codes that decode to zero, and so leave the block's absmax alone.
+ZERO_M, ZERO_V = 127, 0
 
 
 class Adam8bitState(NamedTuple):
-    """Moments by the parameter's path: a plain pytree of arrays, whatever container the parameters live in."""
+    """Moments by the parameter's path: a plain pytree of arrays, whatever container the parameters live in.
+
+    A parameter is M matrices of n elements, each cut into S = ceil(n / 256) blocks of its own: codes uint8 [M, n] and
+    absmax float32 [M, S].
+    """
 
     count: Int[Array, ""]
     m: dict[str, Moment | Float[Array, "..."]]
@@ -34,20 +34,33 @@ def _matrices(leaf: Array) -> tuple[int, int]:
     return count, leaf.size // max(1, count)
 
 
-def _encode(x: Float[Array, "..."], signed: bool) -> Moment:
-    flat = x.reshape(_matrices(x))
-    return Moment(*jax.vmap(lambda row: blockwise.quantize(row, signed=signed))(flat))
+def _blocks(x: Array, fill: int = 0) -> Array:
+    """[M, n] -> [M S, 256]; free where n is a multiple of 256."""
+    padding = -x.shape[1] % BLOCK
+    return (jnp.pad(x, ((0, 0), (0, padding)), constant_values=fill) if padding else x).reshape(-1, BLOCK)
 
 
-def _decode(moment: Moment | Array, like: Array, signed: bool) -> Float[Array, "..."]:
-    if not isinstance(moment, Moment):
-        return moment
-    rows = jax.vmap(lambda codes, absmax: blockwise.dequantize(codes, absmax, signed=signed))(*moment)
-    return rows.reshape(like.shape)
+def _step(grad: Array, m: Moment, v: Moment, *args: Array, **options) -> tuple[Array, Moment, Moment]:
+    """`adam_8bit` for a whole leaf, in the state's shapes."""
+    count, n = m.codes.shape
+
+    def unblock(x: Array) -> Array:
+        return x.reshape(count, -1)[:, :n]
+
+    def flat(moment: Moment, fill: int) -> Moment:
+        return Moment(_blocks(moment.codes, fill), moment.absmax.reshape(-1))
+
+    update, *moments = adam_8bit(_blocks(grad.reshape(count, n)), flat(m, ZERO_M), flat(v, ZERO_V), *args, **options)
+    m, v = (Moment(unblock(codes), absmax.reshape(count, -1)) for codes, absmax in moments)
+    return unblock(update).reshape(grad.shape), m, v
 
 
 def scale_by_adam_8bit(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, min_8bit_size: int = MIN_8BIT_SIZE
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    min_8bit_size: int = MIN_8BIT_SIZE,
+    implementation: Implementation | None = None,
 ) -> optax.GradientTransformation:
     """u = (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps), from exact moments that are then stored in 8 bits.
 
@@ -67,7 +80,7 @@ def scale_by_adam_8bit(
             count, n = _matrices(leaf)
             if n < min_8bit_size:
                 return jnp.zeros(leaf.shape, jnp.float32)
-            return Moment(jnp.zeros((count, n), jnp.uint8), jnp.zeros((count, -(-n // blockwise.BLOCK)), jnp.float32))
+            return Moment(jnp.zeros((count, n), jnp.uint8), jnp.zeros((count, -(-n // BLOCK)), jnp.float32))
 
         leaves, _ = paths(params)
         m, v = ({path: zeros(leaf) for path, leaf in leaves} for _ in range(2))
@@ -83,13 +96,12 @@ def scale_by_adam_8bit(
         leaves, treedef = paths(grads)
         updates, m, v = [], {}, {}
         for path, grad in leaves:
-            g = grad.astype(jnp.float32)
-            m_leaf = b1 * _decode(state.m[path], g, True) + (1 - b1) * g
-            v_leaf = b2 * _decode(state.v[path], g, False) + (1 - b2) * g * g
-            updates.append((m_leaf / (jnp.sqrt(v_leaf) / correction2 + eps)) / correction1)
             quantised = isinstance(state.m[path], Moment)
-            m[path] = _encode(m_leaf, True) if quantised else m_leaf
-            v[path] = _encode(v_leaf, False) if quantised else v_leaf
+            step = functools.partial(_step, implementation=implementation) if quantised else adam
+            update, m[path], v[path] = step(
+                grad, state.m[path], state.v[path], correction1, correction2, b1=b1, b2=b2, eps=eps
+            )
+            updates.append(update)
         return treedef.unflatten(updates), Adam8bitState(count, m, v)
 
     return optax.GradientTransformation(init, update)

@@ -24,6 +24,7 @@ from fastft_jax.errors import ConfigError, TrainingError
 from fastft_jax.pallas_kernels.attention import current_device, select_implementation
 from fastft_jax.pallas_kernels.linear_cross_entropy import default_chunk_size
 from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
+from fastft_jax.trainers.compile import compile_step, program_bytes
 from fastft_jax.trainers.data import BatchSource
 from fastft_jax.trainers.diagnose import first_non_finite
 from fastft_jax.trainers.flops import useful_flops
@@ -31,10 +32,9 @@ from fastft_jax.trainers.optim import make_optimizer
 from fastft_jax.trainers.options import fingerprint
 from fastft_jax.trainers.report import Reporter
 from fastft_jax.trainers.sft_config import SFTConfig
-from fastft_jax.trainers.step import LossOptions, compile_fitting, make_eval_step, make_train_step, program_bytes
+from fastft_jax.trainers.step import LossOptions, make_eval_step
 
 ARRAYS = ("input_ids", "labels", "positions", "segment_ids")
-MEMORY_SHARE = 0.95  # of the device memory: what a program chosen by "auto" may need, the rest is the driver's
 
 
 @dataclass
@@ -187,16 +187,10 @@ class Loop:
         batch = self._device_batch(self.train_source.batch(0, 0))
         arguments = (self.trainable, self.opt_state, self._frozen, batch, self._key(jax.random.key(0), 0))
 
-        def make(policy):
-            options = self._options(policy, self.train_source)
-            step = make_train_step(self._definition, self.optimizer, options)
-            return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
-
         reporter.say(self._kernels())
         start = time.perf_counter()
-        stats = jax.local_devices()[0].memory_stats() or {}
-        limit = int(stats["bytes_limit"] * MEMORY_SHARE) if "bytes_limit" in stats else None
-        self.policy, self._compiled = compile_fitting(make, self.model.remat_policy, limit)
+        options = self._options(self.model.remat_policy, self.train_source)
+        self.policy, self._compiled = compile_step(self._definition, self.optimizer, options, arguments)
         reporter.say(
             f"compiled in {time.perf_counter() - start:.1f} s | recomputation: {self.policy} | "
             f"the step needs {program_bytes(self._compiled) / 2**30:.2f} GiB"

@@ -1,7 +1,7 @@
 """The compiled step: loss and gradients of what is trained, one optimizer update, nothing else."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.decoder import Decoder
-from fastft_jax.models.remat import AUTO_ORDER, Policy
+from fastft_jax.models.remat import Policy
 from fastft_jax.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 Batch = dict[str, Int[Array, "..."]]  # input_ids, labels, positions, segment_ids; [B, T], or [k, B, T] in a train step
@@ -116,24 +116,3 @@ def make_eval_step(definition: nnx.GraphDef, options: LossOptions) -> Callable:
         return {"loss_sum": loss_sum, "tokens": jnp.sum(batch["labels"] != IGNORED), "correct": correct}
 
     return step
-
-
-def compile_fitting(make: Callable[[str | Policy], Any], policy: str | Policy, limit: int | None) -> tuple[Any, Any]:
-    """(policy, compiled step). "auto" takes the fastest policy whose program fits `limit` bytes, by the compiler's own
-    count of arguments, outputs and temporaries; the last resort is taken whether it fits or not.
-
-    `make(policy)` lowers and compiles; nothing is allocated.
-    """
-    if policy != "auto":
-        return policy, make(policy)
-    for name in AUTO_ORDER:
-        compiled = make(name)
-        if limit is None or program_bytes(compiled) <= limit:
-            break
-    return name, compiled
-
-
-def program_bytes(compiled: Any) -> int:
-    """Device memory that a compiled program needs while it runs, donated arguments counted once."""
-    m = compiled.memory_analysis()
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from fastft_jax.pallas_kernels.attention import attention, current_device, select_implementation
 
@@ -122,13 +123,18 @@ def test_this_card_selects_cudnn_for_bf16_and_the_reference_for_fp32(capability)
     assert "__cudnn$fmhaSoftmax" in text
 
 
+def named(name, value):
+    """A `keep` for jax.checkpoint's policies."""
+    return checkpoint_name(value, name)
+
+
 @pytest.mark.parametrize("saved, forwards", [(("attn_out", "attn_lse"), 1), ((), 2)])
 def test_saving_both_names_compiles_to_one_forward_kernel_a_layer(capability, saved, forwards):
     ids = jnp.asarray(PACKED) if capability >= (9, 0) else None
 
     def layer(h, w):
         q = h * w
-        out = attention(q, q, q, scale=0.1, q_segment_ids=ids, kv_segment_ids=ids, max_segments=4)
+        out = attention(q, q, q, scale=0.1, q_segment_ids=ids, kv_segment_ids=ids, max_segments=4, keep=named)
         return h + out, None
 
     def loss(weights, h):

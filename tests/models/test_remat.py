@@ -10,9 +10,10 @@ from flax import nnx
 
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.remat import POLICIES, RESIDUAL_NAMES, resolve_policy
-from fastft_jax.trainers.step import LossOptions, compile_fitting, gradients
+from fastft_jax.trainers.compile import compile_fitting
+from fastft_jax.trainers.step import LossOptions, gradients
 
-USERS_TABLE = {"q": "save", "attn_out": "save", "gate": "recompute", "layer_input": "offload"}
+USERS_TABLE = {"q": "save", "attn_out": "save", "gate_up": "recompute", "layer_input": "offload"}
 
 
 @pytest.fixture(scope="module")

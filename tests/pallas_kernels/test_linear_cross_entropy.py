@@ -188,7 +188,7 @@ def test_wrong_arguments_are_named():
         ((hidden, weight, labels[1:]), dict(chunk_size=4), "labels"),
         ((hidden, weight, labels.astype(np.float32)), dict(chunk_size=4), "labels"),
         ((hidden, weight, labels), dict(chunk_size=0), "chunk_size"),
-        ((hidden, weight, labels), dict(chunk_size=4, implementation="triton"), "implementation"),
+        ((hidden, weight, labels), dict(chunk_size=4, implementation="mosaic"), "implementation"),
     ]:
         with pytest.raises(ValueError, match=words):
             linear_cross_entropy(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastft_jax.pallas_kernels.adamw_8bit.codes import thresholds
 from fastft_jax.pallas_kernels.nf4 import dynamic_map
 from fastft_jax.quant import blockwise
 
@@ -47,7 +48,7 @@ def test_codes_scales_and_decoded_values_equal_bitsandbytes_bit_for_bit(n, scale
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_values_on_every_edge_between_two_codes_equal_bitsandbytes(signed):
-    edges = blockwise._thresholds(signed)
+    edges = thresholds(signed)
     near = [edges, np.nextafter(edges, np.float32(2)), np.nextafter(edges, np.float32(-2)), dynamic_map(signed)]
     x = np.clip(np.concatenate(near), -1 if signed else 0, 1)
     x = np.pad(x, (0, -len(x) % 255)).reshape(-1, 255)

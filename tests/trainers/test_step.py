@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft_jax import FastLanguageModel
-from fastft_jax.models import lora
+from fastft_jax.models import layers, lora
 from fastft_jax.trainers.step import LossOptions, gradients
 
 K, ROWS, T = 4, 2, 32
@@ -157,6 +157,7 @@ def test_gradients_with_modules_to_save_equal_pefts(name, modules, tmp_path):
 def test_dropout_zeroes_its_share_and_scales_the_rest(model):
     """x goes through A = B = identity with a zero base weight, so the output is the dropped x itself."""
     from fastft_jax.models.layers import Linear
+    from fastft_jax.models.residuals import Keep
 
     p, n = 0.3, 64
     linear = Linear(np.zeros((n, n), np.float32))
@@ -166,13 +167,13 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(model):
     )
     linear.dropout = p
     x = np.random.default_rng(0).uniform(1, 2, (1, 4096, n)).astype(np.float32)
-    out = np.asarray(linear(x, jax.random.key(0)))
+    out = np.asarray(linear(x, Keep(), jax.random.key(0)))
     dropped = out == 0
     sigma = np.sqrt(p * (1 - p) / x.size)
     assert abs(dropped.mean() - p) < 5 * sigma
     np.testing.assert_allclose(out[~dropped], (x / (1 - p))[~dropped], rtol=1e-6)
     assert abs(out.mean() / x.mean() - 1) < 5 * sigma / (1 - p) * 1.1  # E[dropout(x)] = x; 1.1: x itself varies
-    np.testing.assert_array_equal(np.asarray(linear(x)), x)  # no key, no dropout: evaluation
+    np.testing.assert_array_equal(np.asarray(linear(x, Keep())), x)  # no key, no dropout: evaluation
     # neither the tokens nor the features of a token share their fate
     by_token = dropped[0].mean(1)
     assert by_token.std() == pytest.approx(np.sqrt(p * (1 - p) / n), rel=0.1)
@@ -196,23 +197,17 @@ def test_dropout_differs_by_step_by_micro_batch_and_repeats_for_a_key(dropping, 
     assert loss(first, None) == loss(second, None) == float(loss_and_gradients(model, first)[0])
 
 
-def test_dropout_differs_by_layer_and_by_linear(dropping):
+def test_dropout_differs_by_layer_and_by_linear(dropping, monkeypatch):
     """The masks are drawn from one key for each linear of each layer, all different."""
-    from fastft_jax.models.layers import Linear
-
     seen = []
-    original = Linear._drop
+    original = layers._drop
 
-    def spy(self, x, key):
+    def spy(x, rate, key):
         jax.debug.callback(lambda k: seen.append(tuple(np.asarray(k).ravel())), jax.random.key_data(key))
-        return original(self, x, key)
+        return original(x, rate, key)
 
-    Linear._drop = spy
-    try:
-        decoder = dropping.decoder
-        ids = np.zeros((1, 8), np.int32)
-        jax.block_until_ready(decoder.hidden_states(ids, dropout_key=jax.random.key(3)))
-        jax.effects_barrier()
-    finally:
-        Linear._drop = original
+    monkeypatch.setattr(layers, "_drop", spy)
+    ids = np.zeros((1, 8), np.int32)
+    jax.block_until_ready(dropping.decoder.hidden_states(ids, dropout_key=jax.random.key(3)))
+    jax.effects_barrier()
     assert len(seen) == len(set(seen)) == 2 * len(tiny_run.TARGETS)

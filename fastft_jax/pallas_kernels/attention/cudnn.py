@@ -10,17 +10,17 @@ What is not used is an empty array of q's dtype.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as fused
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from fastft_jax.pallas_kernels.attention.flash import Keep, flash, plain
 
 _MAX_INT32 = 2**31 - 1
 
 
-def unsupported(*, q_shape, kv_shape, dtype, softcap, packed, max_segments, q_offset) -> tuple[str, ...]:
+def unsupported(*, q_shape, kv_shape, dtype, softcap, packed, max_segments, q_offset, sinks) -> tuple[str, ...]:
     """What cuDNN cannot do about this problem on any device (empty: nothing stands in the way)."""
     batch, length, heads, width = q_shape
     reasons = []
@@ -30,6 +30,8 @@ def unsupported(*, q_shape, kv_shape, dtype, softcap, packed, max_segments, q_of
         reasons.append(f"head_dim {width} is not a multiple of 8 up to 256")
     if softcap is not None:
         reasons.append("cuDNN attention has no logit softcap")
+    if sinks:
+        reasons.append("cuDNN attention has no sinks")
     if not isinstance(q_offset, int) or q_offset != 0 or length != kv_shape[1]:
         reasons.append("queries of a row in part (a key/value cache) are not for cuDNN")
     if packed and max_segments is None:
@@ -134,6 +136,7 @@ def attention(
     segment_ids: Int[Array, "B T"] | None,
     max_segments: int | None,
     max_document_length: int | None,
+    keep: Keep = plain,
 ) -> Float[Array, "B T N H"]:
     """See `fastft_jax.pallas_kernels.attention.attention`; the problem must have passed `unsupported`.
 
@@ -142,46 +145,36 @@ def attention(
     if window is not None and window >= q.shape[1]:
         window = None
     if segment_ids is None:
-        return _flash(q, k, v, None, scale, window, 1, 1)
+        return _flash(q, k, v, None, scale, window, 1, 1, keep)
     if max_segments == 1:
         # Causal already keeps one left-aligned document from its padding; only the padding's own output is wrong.
         # The select's transpose zeroes that output's cotangent, and with it all that padding adds to dk and dv.
-        return _zero_padding(_flash(q, k, v, None, scale, window, 1, 1), segment_ids, 1)
+        return _zero_padding(_flash(q, k, v, None, scale, window, 1, 1, keep), segment_ids, 1)
     folded = fold(q.shape[1], max_segments, max_document_length)
     segments = find_segments(segment_ids, max_segments, folded)
-    return _flash(q, k, v, segments, scale, window, max_segments, folded)
+    return _flash(q, k, v, segments, scale, window, max_segments, folded, keep)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _flash(q, k, v, segments, scale, window, max_segments, folded):
+def _flash(q, k, v, segments, scale, window, max_segments, folded, keep):
+    static = dict(scale=scale, window=window, max_segments=max_segments, folded=folded)
+    forward, backward = functools.partial(_forward, **static), functools.partial(_backward, **static)
+    return flash(forward, backward, (q, k, v, segments), keep)
+
+
+def _forward(q, k, v, segments, *, scale, window, max_segments, folded):
     if segments is None:
-        (out,) = fused._dot_product_attention_fwd_p_wrapper.bind(
-            *_operands(q, k, v), **_parameters(scale, window), is_training=False
+        return tuple(
+            fused._dot_product_attention_fwd_p_wrapper.bind(
+                *_operands(q, k, v), **_parameters(scale, window), is_training=True
+            )
         )
-        return out
-    (out,) = fused._dot_product_attention_fwd_p.bind(
-        *_packed_operands(q, k, v, segments, folded), **_parameters(scale, window, packed=True), is_training=False
+    out, lse = fused._dot_product_attention_fwd_p.bind(
+        *_packed_operands(q, k, v, segments, folded), **_parameters(scale, window, packed=True), is_training=True
     )
-    return _zero_padding(out.reshape(q.shape), segments.ids, max_segments)
+    return _zero_padding(out.reshape(q.shape), segments.ids, max_segments), rows_from_segments(lse, segments)
 
 
-def _flash_forward(q, k, v, segments, scale, window, max_segments, folded):
-    if segments is None:
-        out, lse = fused._dot_product_attention_fwd_p_wrapper.bind(
-            *_operands(q, k, v), **_parameters(scale, window), is_training=True
-        )
-    else:
-        out, lse = fused._dot_product_attention_fwd_p.bind(
-            *_packed_operands(q, k, v, segments, folded), **_parameters(scale, window, packed=True), is_training=True
-        )
-        out = _zero_padding(out.reshape(q.shape), segments.ids, max_segments)
-        lse = rows_from_segments(lse, segments)
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, segments, out, lse)
-
-
-def _flash_backward(scale, window, max_segments, folded, residuals, d_out):
-    q, k, v, segments, out, lse = residuals
+def _backward(q, k, v, segments, out, lse, d_out, *, scale, window, max_segments, folded):
     if segments is None:
         grads = fused._dot_product_attention_bwd_p_wrapper.bind(
             *_operands(q, k, v), lse, out, d_out, **_parameters(scale, window)
@@ -198,9 +191,6 @@ def _flash_backward(scale, window, max_segments, folded, residuals, d_out):
     )
     real = ((segments.ids > 0) & (segments.ids <= max_segments))[:, :, None, None]
     return *(jnp.where(real, g.reshape(x.shape), 0) for g, x in zip(grads, (q, k, v), strict=True)), None
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _operands(q, k, v):

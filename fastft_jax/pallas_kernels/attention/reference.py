@@ -31,7 +31,7 @@ def _visible(q_index, kv_index, q_segments, kv_segments, window):
     return mask
 
 
-def _attend(q, q_index, q_segments, k, v, kv_segments, *, scale, window, softcap):
+def _attend(q, q_index, q_segments, k, v, kv_segments, sinks, *, scale, window, softcap):
     """Attention of q [B, T, K, N/K, H] to all of k, v [B, S, K, H]; [B, T, K, N/K, H] in q's dtype."""
     # fp32 inputs are a request for exact arithmetic; without this a GPU multiplies them in TF32.
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -40,9 +40,15 @@ def _attend(q, q_index, q_segments, k, v, kv_segments, *, scale, window, softcap
         logits = softcap * jnp.tanh(logits / softcap)
     mask = _visible(q_index, jnp.arange(k.shape[1], dtype=jnp.int32), q_segments, kv_segments, window)[:, None, None]
     logits = jnp.where(mask, logits, MASKED)
-    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, *q.shape[2:4], 1, 1)  # [1, K, N/K, 1, 1]
+        peak = jnp.maximum(peak, sinks)
+    peak = lax.stop_gradient(peak)
     weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks - peak)
     # A query that sees nothing has total 0: dividing by 1 instead gives a zero output and zero gradients.
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     out = jnp.einsum(
@@ -67,6 +73,7 @@ def attention(
     q_segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     q_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See `fastft_jax.pallas_kernels.attention.attention`; every argument combination is supported here.
 
@@ -79,7 +86,7 @@ def attention(
     q_index = jnp.arange(length, dtype=jnp.int32)[None, :] + jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1))
     attend = functools.partial(_attend, scale=scale, window=window, softcap=softcap)
     if length <= LONG_ROW:
-        out = attend(grouped, q_index, q_segment_ids, k, v, kv_segment_ids)
+        out = attend(grouped, q_index, q_segment_ids, k, v, kv_segment_ids, sinks)
         return out.reshape(batch, length, heads, width)
 
     block = _query_block(batch, heads, k.shape[1])
@@ -90,6 +97,6 @@ def attention(
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, block, *x.shape[2:]), 1, 0)
 
     queries = (split(grouped), split(q_index), None if q_segment_ids is None else split(q_segment_ids))
-    step = jax.checkpoint(lambda xs: attend(*xs, k, v, kv_segment_ids), prevent_cse=False)
+    step = jax.checkpoint(lambda xs: attend(*xs, k, v, kv_segment_ids, sinks), prevent_cse=False)
     out = jnp.moveaxis(lax.map(step, queries), 0, 1)
     return out.reshape(batch, blocks * block, heads, width)[:, :length]

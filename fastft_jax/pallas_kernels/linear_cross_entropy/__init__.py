@@ -1,15 +1,19 @@
 """Cross-entropy of a linear head, without ever holding the logits of more than one chunk of tokens."""
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastft_jax.pallas_kernels.linear_cross_entropy.reference import IGNORE_INDEX, scan_chunks
+from fastft_jax.pallas_kernels import pallas
+from fastft_jax.pallas_kernels.linear_cross_entropy import chunks, reference
+from fastft_jax.pallas_kernels.linear_cross_entropy.reference import IGNORE_INDEX, Terms
 
-__all__ = ["IGNORE_INDEX", "default_chunk_size", "linear_cross_entropy"]
+Implementation = Literal["xla", "triton"]
+
+__all__ = ["IGNORE_INDEX", "Implementation", "default_chunk_size", "linear_cross_entropy"]
 
 
 def default_chunk_size(vocab_size: int, budget_bytes: int = 1 << 30) -> int:
@@ -20,6 +24,16 @@ def default_chunk_size(vocab_size: int, budget_bytes: int = 1 << 30) -> int:
     return 1 << (max(128, budget_bytes // (4 * vocab_size)).bit_length() - 1)
 
 
+class _Static(NamedTuple):
+    """What fixes the program, in one hashable argument."""
+
+    terms: Terms
+    chunk_size: int
+    train_weight: bool
+    with_accuracy: bool
+    implementation: str
+
+
 def linear_cross_entropy(
     hidden: Float[Array, "M D"],
     weight: Float[Array, "V D"],
@@ -28,9 +42,19 @@ def linear_cross_entropy(
     chunk_size: int,
     train_weight: bool = False,
     with_accuracy: bool = False,
-    implementation: Literal["xla"] | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """`sum_t logsumexp(W h_t) - (W h_t)[y_t]` over the tokens whose label is not -100, and how many are right.
+    """The summed loss of the trained tokens, and how many of them argmax predicts.
+
+    loss_t = lse(z_t) - (1 - eps) z_t[y_t] - eps mean(z_t) + z_loss lse(z_t)^2, where
+    z_t = softcap tanh(logit_scale W h_t / softcap), without a `softcap` logit_scale W h_t; eps is `label_smoothing`,
+    as in torch.nn.functional.cross_entropy. A token is trained unless its label is `ignore_index`; others are left out
+    of the work, not only of the sum: the cost is that of ceil(trained tokens / chunk_size) chunks.
 
     Sums, not means: the caller divides by the trained tokens of the whole accumulated batch. Loss and gradients come
     from one pass over chunks of `chunk_size` tokens (M need not be a multiple), and the backward pass only scales
@@ -39,56 +63,66 @@ def linear_cross_entropy(
     Logits and log-sum-exp are fp32 and so is the accumulation of every GEMM; their inputs, the logits' gradient
     included, have hidden's dtype (`weight` is cast to it), and so has the hidden gradient. With `train_weight` the
     weight's gradient is accumulated in fp32 and returned in weight's dtype; without, it is zero and costs nothing.
-    The count of right predictions is 0 unless `with_accuracy`; it has no gradient.
+    The count of right predictions is 0 unless `with_accuracy`; it has no gradient. Reverse-mode only.
 
-    A label outside [0, V) other than -100 makes the loss NaN. Raises ValueError for shapes that do not fit, a
-    non-positive `chunk_size` or an unknown implementation.
-    Source: Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), section 3.2; the maths is in `reference.py`.
+    A label outside [0, V) other than `ignore_index` makes the loss NaN. `implementation=None` picks "triton" (the
+    kernel between the GEMMs) on a GPU, "xla" elsewhere. Raises ValueError for shapes that do not fit, numbers out of
+    range or an unknown implementation.
+    Source: Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), section 3.2; z-loss: PaLM (arXiv:2204.02311), section 5;
+    the maths is in `reference.py`.
     """
-    if implementation not in (None, "xla"):
-        raise ValueError(f'implementation must be None or "xla", got {implementation!r}')
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(f'implementation must be None, "xla" or "triton", got {implementation!r}')
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [M, D] and weight [V, D] do not fit: {hidden.shape} and {weight.shape}")
     if labels.shape != hidden.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.signedinteger):
         raise ValueError(f"labels must be signed integers {hidden.shape[:1]}, got {labels.dtype} {labels.shape}")
     if chunk_size < 1 or hidden.shape[0] < 1:
         raise ValueError(f"chunk_size and the number of tokens must be at least 1: {chunk_size}, {hidden.shape[0]}")
-    return _linear_cross_entropy(hidden, weight, labels, chunk_size, train_weight, with_accuracy)
+    if (softcap is not None and softcap <= 0) or logit_scale <= 0:
+        raise ValueError(f"softcap and logit_scale must be positive, got {softcap} and {logit_scale}")
+    if not 0 <= label_smoothing <= 1 or z_loss < 0:
+        raise ValueError(f"label_smoothing must lie in [0, 1] and z_loss be >= 0, got {label_smoothing} and {z_loss}")
+    terms = Terms(softcap, logit_scale, label_smoothing, z_loss, ignore_index)
+    implementation = implementation or ("triton" if pallas.on_gpu() else "xla")
+    return _loss(hidden, weight, labels, _Static(terms, chunk_size, train_weight, with_accuracy, implementation))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _linear_cross_entropy(hidden, weight, labels, chunk_size, train_weight, with_accuracy):
-    loss, correct, _, _ = scan_chunks(
+def _sums(hidden, weight, labels, static: _Static, with_grads: bool) -> chunks.Sums:
+    if static.implementation == "triton":
+        from fastft_jax.pallas_kernels.linear_cross_entropy import triton as module
+    else:
+        module = reference
+    return chunks.sum_chunks(
         hidden,
         weight,
         labels,
-        chunk_size=chunk_size,
-        with_grads=False,
-        train_weight=False,
-        with_accuracy=with_accuracy,
+        static.terms,
+        chunk_loss=module.chunk_loss,
+        chunk_size=static.chunk_size,
+        with_grads=with_grads,
+        train_weight=static.train_weight,
+        with_accuracy=static.with_accuracy,
     )
-    return loss, correct
 
 
-def _forward(hidden, weight, labels, chunk_size, train_weight, with_accuracy):
-    loss, correct, dh, dw = scan_chunks(
-        hidden,
-        weight,
-        labels,
-        chunk_size=chunk_size,
-        with_grads=True,
-        train_weight=train_weight,
-        with_accuracy=with_accuracy,
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _loss(hidden, weight, labels, static):
+    sums = _sums(hidden, weight, labels, static, with_grads=False)
+    return sums.loss, sums.correct
+
+
+def _forward(hidden, weight, labels, static):
+    sums = _sums(hidden, weight, labels, static, with_grads=True)
     # An empty array carries weight's dtype to the backward pass; residuals must be arrays.
-    return (loss, correct), (dh, dw, jnp.zeros((0,), weight.dtype))
+    return (sums.loss, sums.correct), (sums.dh, sums.dw, jnp.zeros((0,), weight.dtype))
 
 
-def _backward(chunk_size, train_weight, with_accuracy, residuals, cotangents):
+def _backward(static, residuals, cotangents):
     dh, dw, like_weight = residuals
     scale = cotangents[0]
     dh = (dh.astype(jnp.float32) * scale).astype(dh.dtype)
-    return dh, (dw * scale).astype(like_weight.dtype) if train_weight else None, None
+    return dh, (dw * scale).astype(like_weight.dtype) if static.train_weight else None, None
 
 
-_linear_cross_entropy.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward)

@@ -1,83 +1,76 @@
-"""Loss and gradients of a linear head with softmax cross-entropy, one chunk of tokens at a time, in plain jnp.
+"""The losses of one chunk of logits and their gradient, in plain jnp: what a CPU runs and what the kernel must equal.
 
-With `z = h W^T`: `loss = sum_t logsumexp(z_t) - z_t[y_t]`, `dz = softmax(z) - onehot(y)`, `dh = dz W`, `dW = dz^T h`.
-The gradient of a cross-entropy is known as soon as its logits are, so both are taken while the chunk's logits exist
-(as Liger Kernel's fused linear cross-entropy does); what is left for the backward pass is a multiplication.
+With the head's product `x = h W^T`, the logits `z = cap tanh(s x / cap)` (or `s x`), `l = logsumexp(z)`:
+
+    loss   = l - (1 - eps) z_y - eps mean(z) + zeta l^2
+    dloss/dx = [(1 + 2 zeta l) softmax(z) - (1 - eps) onehot(y) - eps / V] s (1 - (z / cap)^2)
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 IGNORE_INDEX = -100
 
 
-def _dot(a, b, contract, out_dtype=jnp.float32):
-    # fp32 inputs are a request for exact arithmetic; without this a GPU multiplies them in TF32.
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=out_dtype)
+class Terms(NamedTuple):
+    """What the loss is made of; static."""
+
+    softcap: float | None = None  # cap
+    logit_scale: float = 1.0  # s
+    label_smoothing: float = 0.0  # eps
+    z_loss: float = 0.0  # zeta
+    ignore_index: int = IGNORE_INDEX
 
 
-def chunked(hidden, labels, chunk_size: int):
-    """hidden [M, D] -> [chunks, chunk, D] and labels [M] -> [chunks, chunk]; the tail is padded with ignored tokens."""
-    tokens, width = hidden.shape
-    chunk = min(chunk_size, tokens)
-    chunks = -(-tokens // chunk)
-    tail = chunks * chunk - tokens
-    if tail:
-        hidden = jnp.pad(hidden, ((0, tail), (0, 0)))
-        labels = jnp.pad(labels, (0, tail), constant_values=IGNORE_INDEX)
-    return hidden.reshape(chunks, chunk, width), labels.reshape(chunks, chunk)
+class ChunkLoss(NamedTuple):
+    """Of C tokens. Values of tokens without a label mean nothing, but their gradient is zero."""
+
+    loss: Float[Array, "C"]
+    correct: Bool[Array, "C"] | None
+    gradient: Float[Array, "C V"] | None  # dloss/dx, when multiplied by `factor`
+    factor: Float[Array, "C"] | None = None  # None: 1
 
 
-def scan_chunks(
-    hidden: Float[Array, "M D"],
-    weight: Float[Array, "V D"],
-    labels: Int[Array, "M"],
+def logits_and_slope(x: Float[Array, "..."], terms: Terms) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+    """z(x), and dz/dx / s: None where that is 1."""
+    if terms.logit_scale != 1:
+        x = x * terms.logit_scale
+    if terms.softcap is None:
+        return x, None
+    t = jnp.tanh(x / terms.softcap)
+    return terms.softcap * t, 1 - t * t
+
+
+def chunk_loss(
+    x: Float[Array, "C V"],
+    labels: Int[Array, "C"],
+    terms: Terms,
     *,
-    chunk_size: int,
-    with_grads: bool,
-    train_weight: bool,
+    gradient_dtype: jax.typing.DTypeLike | None,
     with_accuracy: bool,
-):
-    """(loss fp32 [], correct int32 [], dh [M, D] in hidden's dtype | None, dW fp32 [V, D] | None), nothing scaled.
-
-    One scan; per chunk one GEMM for the logits, and with `with_grads` one for dh and with `train_weight` one for dW.
-    """
-    # Why the GEMM writes its logits in fp32 although a bf16 write is half the bytes: a logit between 8 and 16 has a
-    # bf16 step of 1/16. At logits of standard deviation 4 (V = 32000) that put the loss of a token off by 0.021 rms
-    # against 3e-7, the mean loss by 0.003, and dh by 0.7% against 0.12%. The price on an H200 for V = 128256, D = 4096
-    # and a chunk of 2048: 0.5 GB more in one write and in each of three reads, 2.1 GB or 0.5 ms at 4.3 TB/s, next to
-    # 6.6 ms for the chunk's two GEMMs; that is 2 ms of a 560 ms step of 2 x 4096 tokens.
-    tokens, width = hidden.shape
-    vocab = weight.shape[0]
-    head = weight.astype(hidden.dtype)
-    columns = jnp.arange(vocab, dtype=labels.dtype)
-
-    def step(carry, xs):
-        loss, correct, dw = carry
-        h, y = xs
-        z = _dot(h, head, ((1,), (1,)))
-        trained = y != IGNORE_INDEX
-        peak = jnp.max(z, axis=-1)
-        lse = peak + jnp.log(jnp.sum(jnp.exp(z - peak[:, None]), axis=-1))
-        # Any other label outside the vocabulary reads NaN (mode "fill"): a wrong label must not pass for a right one.
-        index = jnp.where(trained, jnp.where(y < 0, vocab, y), 0)
-        target = jnp.take_along_axis(z, index[:, None], axis=-1, mode="fill", fill_value=jnp.nan)[:, 0]
-        loss += jnp.sum(jnp.where(trained, lse - target, 0.0))
-        if with_accuracy:
-            correct += jnp.sum((jnp.argmax(z, axis=-1).astype(y.dtype) == y) & trained, dtype=jnp.int32)
-        if not with_grads:
-            return (loss, correct, dw), None
-        dz = jnp.exp(z - lse[:, None]) - (columns[None, :] == y[:, None])
-        dz = jnp.where(trained[:, None], dz, 0.0).astype(hidden.dtype)
-        if train_weight:
-            dw += _dot(dz, h, ((0,), (0,)))
-        return (loss, correct, dw), _dot(dz, head, ((1,), (0,))).astype(hidden.dtype)
-
-    dw = jnp.zeros((vocab, width), jnp.float32) if with_grads and train_weight else None
-    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), dw)
-    (loss, correct, dw), dh = lax.scan(step, start, chunked(hidden, labels, chunk_size))
-    if dh is not None:
-        dh = dh.reshape(-1, width)[:tokens]
-    return loss, correct, dh, dw
+) -> ChunkLoss:
+    """Losses, right predictions (if asked) and x's gradient, computed in float32, as `gradient_dtype` (None: none)."""
+    vocab = x.shape[1]
+    trained = labels != terms.ignore_index
+    z, slope = logits_and_slope(x, terms)
+    peak = jnp.max(z, axis=-1)
+    lse = peak + jnp.log(jnp.sum(jnp.exp(z - peak[:, None]), axis=-1))
+    # A label outside the vocabulary reads NaN (mode "fill"): a wrong label must not pass for a right one.
+    index = jnp.where(trained, jnp.where(labels < 0, vocab, labels), 0)
+    target = jnp.take_along_axis(z, index[:, None], axis=-1, mode="fill", fill_value=jnp.nan)[:, 0]
+    eps, zeta = terms.label_smoothing, terms.z_loss
+    loss = lse - (1 - eps) * target + zeta * lse * lse
+    if eps:
+        loss -= eps * jnp.mean(z, axis=-1)
+    correct = jnp.argmax(z, axis=-1).astype(labels.dtype) == labels if with_accuracy else None
+    if gradient_dtype is None:
+        return ChunkLoss(loss, correct, None)
+    onehot = jnp.arange(vocab, dtype=labels.dtype)[None, :] == labels[:, None]
+    gradient = jnp.exp(z - lse[:, None]) * (1 + 2 * zeta * lse)[:, None] - (1 - eps) * onehot - eps / vocab
+    if slope is not None:
+        gradient *= slope
+    gradient = jnp.where(trained[:, None], gradient * terms.logit_scale, 0.0)
+    return ChunkLoss(loss, correct, gradient.astype(gradient_dtype))

@@ -41,10 +41,13 @@ def dequantize(
     absmax_scale: Float[Array, "S"] | None,
     absmax_offset: Float[Array, ""] | None,
     dtype: jax.typing.DTypeLike,
+    factor: Float[Array, ""] | None = None,
 ) -> Float[Array, "G 64"]:
     """One fusion and no temporaries for a float32 absmax, when XLA sees it whole."""
     if absmax_scale is not None:
         absmax = decode_absmax(absmax, absmax_scale, absmax_offset)
+    if factor is not None:
+        absmax = absmax * factor
     # Elements 0..31 of a block are the high nibbles, 32..63 the low ones. Shifting a broadcast (not stacking two
     # halves) keeps XLA from making two kernels and a temporary of the result's size.
     shifts = jnp.array([4, 0], jnp.uint8)[None, :, None]

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
@@ -16,25 +16,100 @@ MAX_CODE_BYTES = 2**31
 """Pallas's offsets are 32-bit for arrays up to 4 GiB, and signed: a byte array must stay below 2 GiB."""
 
 
-def _write(codes_ref, table_ref, out_ref, absmax, inside) -> None:
-    """Decode a tile of codes, [groups, 32] bytes to [groups, 64] weights; `inside` masks the rows that exist."""
-    halves = jnp.broadcast_to(inside[:, None], codes_ref.shape)
-    byte = pallas.load(codes_ref, mask=halves, other=0).astype(jnp.int32)
+def _kernel(*refs, double: bool, scaled: bool, groups: int, row: int, blocks_a_row: int, pitch: int) -> None:
+    """One program decodes 32 blocks; refs: layer, codes, absmax[, scale, offset, map], table[, factor][, buffer], out.
+
+    Block g of the matrix is block `(row + g // blocks_a_row) * pitch + g % blocks_a_row` of the buffer it goes to.
+    """
+    layer_ref, codes_ref, absmax_ref, *rest = refs
+    out_ref, table_ref = refs[-1], rest[3] if double else rest[0]
+    layer = layer_ref[0]
+    first = pallas.program_id(0) * GROUPS_PER_PROGRAM
+    block = first + jnp.arange(GROUPS_PER_PROGRAM)
+    inside = block < groups
+    here = pallas.ds(layer * groups + first, GROUPS_PER_PROGRAM)
+    if double:
+        scale_ref, offset_ref, map_ref = rest[:3]
+        scales = -(-groups // GROUPS_PER_SCALE)
+        value = map_ref[pallas.load(absmax_ref.at[here], mask=inside, other=0).astype(jnp.int32)]
+        scale = jnp.broadcast_to(scale_ref[layer * scales + first // GROUPS_PER_SCALE], value.shape)
+        absmax = scale_and_shift(value, scale, offset_ref[layer])
+    else:
+        absmax = pallas.load(absmax_ref.at[here], mask=inside, other=0.0)
+    if scaled:
+        absmax = absmax * rest[4 if double else 1][0]
+    halves = jnp.broadcast_to(inside[:, None], (GROUPS_PER_PROGRAM, 32))
+    byte = pallas.load(codes_ref.at[here, :], mask=halves, other=0).astype(jnp.int32)
+    target = (row + block // blocks_a_row) * pitch + block % blocks_a_row
     for half, nibble in enumerate((byte >> 4, byte & 15)):
-        out = out_ref.at[:, pallas.ds(32 * half, 32)]
+        out = out_ref.at[target[:, None], 32 * half + jnp.arange(32)[None, :]]
         pallas.store(out, (table_ref[nibble] * absmax[:, None]).astype(out_ref.dtype), mask=halves)
 
 
-def _plain_kernel(codes_ref, absmax_ref, table_ref, out_ref, *, groups: int) -> None:
-    inside = pallas.program_id(0) * GROUPS_PER_PROGRAM + jnp.arange(GROUPS_PER_PROGRAM) < groups
-    _write(codes_ref, table_ref, out_ref, pallas.load(absmax_ref, mask=inside, other=0.0), inside)
+def flat_operands(codes, absmax, absmax_scale, absmax_offset, layer, factor) -> list[Array]:
+    """What both kernels read, in the order of their refs; stacks are flat, addressed by the layer."""
+    lead, groups = codes.shape[:2]
+    if codes.size >= MAX_CODE_BYTES:
+        raise ValueError(
+            f"the triton NF4 kernel takes less than 2 GiB of codes, got {codes.size:,} bytes: split the matrix"
+        )
+    operands = [jnp.asarray(layer, jnp.int32).reshape(1), codes.reshape(lead * groups, 32), absmax.reshape(-1)]
+    if absmax_scale is not None:
+        operands += [absmax_scale.reshape(-1), absmax_offset.reshape(-1), jnp.asarray(dynamic_map())]
+    operands.append(jnp.asarray(NF4_CODE))
+    return operands if factor is None else [*operands, jnp.asarray(factor, jnp.float32).reshape(1)]
 
 
-def _double_kernel(codes_ref, absmax_ref, scale_ref, offset_ref, map_ref, table_ref, out_ref, *, groups: int) -> None:
-    inside = pallas.program_id(0) * GROUPS_PER_PROGRAM + jnp.arange(GROUPS_PER_PROGRAM) < groups
-    value = map_ref[pallas.load(absmax_ref, mask=inside, other=0).astype(jnp.int32)]
-    scale = jnp.broadcast_to(scale_ref[0], value.shape)
-    _write(codes_ref, table_ref, out_ref, scale_and_shift(value, scale, offset_ref[0]), inside)
+def decode(
+    codes: UInt8[Array, "L G 32"],
+    absmax: Float[Array, "L G"] | UInt8[Array, "L G"],
+    absmax_scale: Float[Array, "L S"] | None,
+    absmax_offset: Float[Array, "L"] | None,
+    layer: Int[Array, ""] | int,
+    factor: Float[Array, ""] | None = None,
+    *,
+    into: Float[Array, "rows pitch 64"] | None,
+    rows: int,
+    pitch: int,
+    row: int,
+    blocks_a_row: int,
+    dtype: jax.typing.DTypeLike,
+    interpret: bool | None = None,
+) -> Float[Array, "rows pitch 64"]:
+    """Decode matrix `layer` of a stack into `rows` rows of `pitch` blocks, from row `row` on; the rest stays as it is.
+
+    `into` is written in place; None makes a new buffer, whose other elements hold anything. `factor` multiplies absmax,
+    in float32, before it is used. Reading the stack at an index instead of a slice of it spares a copy of the codes
+    where `layer` is a loop's counter.
+    """
+    groups = codes.shape[1]
+    operands = flat_operands(codes, absmax, absmax_scale, absmax_offset, layer, factor)
+    out_shape = jax.ShapeDtypeStruct((rows * pitch, 64), dtype)
+    aliases = {}
+    if into is not None:
+        aliases = {len(operands): 0}
+        operands.append(into.reshape(out_shape.shape))
+    whole = lambda a: pallas.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))  # noqa: E731
+    double = absmax_scale is not None
+    flat = pallas.call(
+        functools.partial(
+            _kernel,
+            double=double,
+            scaled=factor is not None,
+            groups=groups,
+            row=row,
+            blocks_a_row=blocks_a_row,
+            pitch=pitch,
+        ),
+        name="nf4_dequantize_double" if double else "nf4_dequantize",
+        grid=(pallas.cdiv(groups, GROUPS_PER_PROGRAM),),
+        in_specs=[whole(a) for a in operands],
+        out_specs=whole(out_shape),
+        out_shape=out_shape,
+        input_output_aliases=aliases,
+        interpret=interpret,
+    )(*operands)
+    return flat.reshape(rows, pitch, 64)
 
 
 def dequantize(
@@ -43,38 +118,12 @@ def dequantize(
     absmax_scale: Float[Array, "S"] | None,
     absmax_offset: Float[Array, ""] | None,
     dtype: jax.typing.DTypeLike,
+    factor: Float[Array, ""] | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "G 64"]:
-    """A program decodes 32 blocks, all under one scale of a double-quantised absmax (256 is a multiple of 32)."""
+    """All G blocks, one after the other."""
+    stacked = [None if a is None else a[None] for a in (codes, absmax, absmax_scale, absmax_offset)]
     groups = codes.shape[0]
-    if codes.size >= MAX_CODE_BYTES:
-        raise ValueError(
-            f"the triton NF4 kernel takes less than 2 GiB of codes, got {codes.size:,} bytes: split the matrix"
-        )
-    rows = lambda *tail: pallas.BlockSpec((GROUPS_PER_PROGRAM, *tail), lambda i: (i, *[0] * len(tail)))  # noqa: E731
-    whole = lambda n: pallas.BlockSpec((n,), lambda i: (0,))  # noqa: E731
-    table = (jnp.asarray(NF4_CODE), whole(16))
-    if absmax_scale is None:
-        kernel, name = _plain_kernel, "nf4_dequantize"
-        operands = [(codes, rows(32)), (absmax, rows()), table]
-    else:
-        kernel, name = _double_kernel, "nf4_dequantize_double"
-        one_scale = pallas.BlockSpec((1,), lambda i: (i * GROUPS_PER_PROGRAM // GROUPS_PER_SCALE,))
-        operands = [
-            (codes, rows(32)),
-            (absmax, rows()),
-            (absmax_scale, one_scale),
-            (absmax_offset.reshape(1), whole(1)),
-            (jnp.asarray(dynamic_map()), whole(256)),
-            table,
-        ]
-    arrays, specs = zip(*operands, strict=True)
-    return pallas.call(
-        functools.partial(kernel, groups=groups),
-        name=name,
-        grid=(pallas.cdiv(groups, GROUPS_PER_PROGRAM),),
-        in_specs=list(specs),
-        out_specs=rows(64),
-        out_shape=jax.ShapeDtypeStruct((groups, 64), dtype),
-        interpret=interpret,
-    )(*arrays)
+    place = dict(into=None, rows=1, pitch=groups, row=0, blocks_a_row=groups)
+    out = decode(*stacked, 0, factor, **place, dtype=dtype, interpret=interpret)
+    return out[0]

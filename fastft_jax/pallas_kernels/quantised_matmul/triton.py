@@ -1,0 +1,142 @@
+"""NF4 times few rows in Pallas: codes are looked up in a 16-entry table, a gather that the L1 cache serves.
+
+Two kernels. Up to 4 rows, every weight is one float32 multiply-add a row and the absmax is applied once a block, to the
+block's sum. Above, a tile of W is decoded to x.dtype, exactly as `nf4.dequantize` does, and multiplied on the matrix
+units with x padded to 16, 32 or 64 rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from fastft_jax.pallas_kernels import pallas
+from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
+from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, scale_and_shift
+from fastft_jax.pallas_kernels.quantised_matmul import tiles
+
+
+def _load_tile(layer_ref, words_ref, absmax_ref, decoder, row, first, rows: int, blocks: int, n: int, groups: int):
+    """Words [rows, 8 blocks] and float32 absmax [rows, blocks], zero outside the matrix; `row`: the program's first."""
+    layer = layer_ref[0]
+    here = pallas.ds(layer * n + row, rows)
+    there = row + jnp.arange(rows) < n
+    mask = there[:, None] & (first * 8 + jnp.arange(blocks * 8) < groups * 8)[None]
+    words = pallas.load(words_ref.at[here, pallas.ds(first * 8, blocks * 8)], mask=mask, other=0)
+    block = first + jnp.arange(blocks)
+    inside = there[:, None] & (block < groups)[None]
+    absmax = pallas.load(absmax_ref.at[here, pallas.ds(first, blocks)], mask=inside, other=0)
+    if decoder:
+        map_ref, scale_ref, offset_ref = decoder
+        group = (row + jnp.arange(rows))[:, None] * groups + block[None]
+        scales = pallas.cdiv(n * groups, GROUPS_PER_SCALE)
+        scale = scale_ref[layer * scales + jnp.where(inside, group, 0) // GROUPS_PER_SCALE]
+        absmax = jnp.where(inside, scale_and_shift(map_ref[absmax.astype(jnp.int32)], scale, offset_ref[layer]), 0.0)
+    return words, absmax
+
+
+def _vector_kernel(x_ref, table_ref, layer_ref, words_ref, absmax_ref, *rest, m: int, n: int, groups: int, tile):
+    *decoder, out_ref = rest
+    rows, blocks, _ = tile
+    row = pallas.program_id(0) * rows
+
+    def step(i, sums):
+        first = i * blocks
+        words, absmax = _load_tile(layer_ref, words_ref, absmax_ref, decoder, row, first, rows, blocks, n, groups)
+        inside = (first * 8 + jnp.arange(blocks * 8) < groups * 8)[None]
+        partial = [jnp.zeros((rows, blocks * 8), jnp.float32)] * m
+        for p, shift in enumerate(tiles.SHIFTS):
+            value = table_ref[(words >> shift) & 15]
+            for j in range(m):
+                part = x_ref.at[pallas.ds(p * m + j, 1), pallas.ds(first * 8, blocks * 8)]
+                partial[j] += value * pallas.load(part, mask=inside, other=0.0).astype(jnp.float32)
+        return tuple(
+            total + jnp.sum(part.reshape(rows, blocks, 8), axis=2) * absmax
+            for total, part in zip(sums, partial, strict=True)
+        )
+
+    zero = jnp.zeros((rows, blocks), jnp.float32)
+    sums = jax.lax.fori_loop(0, pallas.cdiv(groups, blocks), step, (zero,) * m)
+    there = (row + jnp.arange(rows) < n)[None]
+    for j, total in enumerate(sums):
+        value = jnp.sum(total, axis=1)[None].astype(out_ref.dtype)
+        pallas.store(out_ref.at[pallas.ds(j, 1), :], value, mask=there)
+
+
+def _dot_kernel(x_ref, table_ref, layer_ref, words_ref, absmax_ref, *rest, m: int, n: int, groups: int, tile):
+    *decoder, out_ref = rest
+    rows, blocks, padded_m, _, steps, _ = tile
+    row = pallas.program_id(0) * rows
+    begin = pallas.program_id(1) * steps * blocks
+    there_m = jnp.arange(padded_m) < m
+
+    def step(i, total):
+        first = begin + i * blocks
+        words, absmax = _load_tile(layer_ref, words_ref, absmax_ref, decoder, row, first, rows, blocks, n, groups)
+        inside = there_m[:, None] & (first * 64 + jnp.arange(blocks * 64) < groups * 64)[None]
+        x = pallas.load(x_ref.at[:, pallas.ds(first * 64, blocks * 64)], mask=inside, other=0.0)
+        factor = jnp.broadcast_to(absmax[:, :, None], (rows, blocks, 8)).reshape(rows, blocks * 8)
+        w = [(table_ref[(words >> shift) & 15] * factor).astype(x.dtype) for shift in tiles.SHIFTS]
+        pair = lambda a, b: jnp.stack([a, b], axis=-1)  # noqa: E731
+        # a Triton value can only be joined pair by pair; in this order, code p lands at position p of its word
+        w = pair(pair(pair(w[0], w[4]), pair(w[2], w[6])), pair(pair(w[1], w[5]), pair(w[3], w[7])))
+        w = w.reshape(rows, blocks * 64)
+        return total + jax.lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((rows, padded_m), jnp.float32))
+    mask = there_m[:, None] & (row + jnp.arange(rows) < n)[None]
+    pallas.store(out_ref, total.T, mask=mask)
+
+
+def quantised_matmul(
+    x: Float[Array, "M K"],
+    codes: UInt8[Array, "L G 32"],
+    absmax: Float[Array, "L G"] | UInt8[Array, "L G"],
+    absmax_scale: Float[Array, "L S"] | None,
+    absmax_offset: Float[Array, "L"] | None,
+    layer: Int[Array, ""] | int = 0,
+    *,
+    shape: tuple[int, int],
+    interpret: bool | None = None,
+) -> Float[Array, "M N"]:
+    """x W^T for matrix `layer` of a stack; M in 1..64, x bfloat16 or float16, K a multiple of 64.
+
+    Above 4 rows it goes by way of float32 sums [splits, M, N].
+    """
+    (m, k), n, groups = x.shape, shape[0], shape[1] // 64
+    whole = lambda *dims: pallas.BlockSpec(dims, lambda *_: (0,) * len(dims))  # noqa: E731
+    vector = m <= tiles.VECTOR_ROWS
+    tile = tiles.vector_tiles(m, n, k) if vector else tiles.dot_tiles(m, n, k)
+    weight = [jnp.asarray(NF4_CODE), jnp.asarray(layer, jnp.int32).reshape(1)]
+    weight += [tiles.words(codes, k), absmax.reshape(-1, groups)]
+    if absmax_scale is not None:
+        weight += [jnp.asarray(dynamic_map()), absmax_scale.reshape(-1), absmax_offset]
+    operands = [
+        # of the matrix product's x, more rows are loaded (and masked) than there are
+        (tiles.x_planes(x), whole(8 * m, k // 8)) if vector else (tiles.x_interleaved(x), whole(tile.padded_m, k)),
+        *((a, whole(*a.shape)) for a in weight),
+    ]
+    arrays, specs = zip(*operands, strict=True)
+    tiles_n = pallas.cdiv(n, tile.rows)
+    launch = functools.partial(pallas.call, in_specs=list(specs), num_warps=tile.warps, interpret=interpret)
+    sizes = dict(m=m, n=n, groups=groups, tile=tile)
+    # one stage: Triton's pipelining would turn the table's gather into copies of 4 bytes
+    if vector:
+        return launch(
+            functools.partial(_vector_kernel, **sizes),
+            name="quantised_matvec",
+            grid=(tiles_n,),
+            out_specs=pallas.BlockSpec((m, tile.rows), lambda i: (0, i)),
+            out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+            num_stages=1,
+        )(*arrays)
+    sums = launch(
+        functools.partial(_dot_kernel, **sizes),
+        name="quantised_matmul",
+        grid=(tiles_n, tile.splits),
+        out_specs=pallas.BlockSpec((None, tile.padded_m, tile.rows), lambda i, s: (s, 0, i)),
+        out_shape=jax.ShapeDtypeStruct((tile.splits, m, n), jnp.float32),
+        num_stages=1,
+    )(*arrays)
+    return jnp.sum(sums, axis=0).astype(x.dtype)

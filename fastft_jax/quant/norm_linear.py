@@ -1,0 +1,77 @@
+"""RMSNorm and the projections that read it as one op: the first half of an attention or a feed-forward block.
+
+y = lora_linear(rms_norm(x)). One op and not two, because the norm's kernel can then write its result into the wide
+array that the product with the adapters' columns needs, and its backward kernel can add the residual connection's
+gradient, which would cost a pass over the activations each.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from fastft_jax.pallas_kernels.rms_norm import rms_norm, rms_norm_backward
+from fastft_jax.quant.lora_linear import (
+    Projection,
+    adapter_gradients,
+    inner_product,
+    input_gradient,
+    room_of,
+    wide_product,
+)
+
+
+class Norm(NamedTuple):
+    """What rms_norm needs beside its input and weight."""
+
+    eps: float
+    plus_one: bool = False
+
+
+def norm_linear(
+    x: Float[Array, "... D"],
+    weight: Float[Array, "D"],
+    norm: Norm,
+    projections: Sequence[Projection],
+    scalings: Sequence[float],
+    keep: Callable[[str, Array], Array] = lambda name, value: value,
+) -> tuple[Float[Array, "... N"], Float[Array, "... D"]]:
+    """`lora_linear(rms_norm(x), projections)`, and x again for the residual connection, whose gradient joins there.
+
+    Norm and linear weights are frozen. The norm's result is computed again in the backward pass.
+    """
+    rows, projections = x.reshape(-1, x.shape[-1]), tuple(projections)
+    h, room = None, room_of(projections)
+    if room:
+        frozen_x, frozen = lax.stop_gradient((rows, projections))
+        h = keep("lora_h", inner_product(_normed(frozen_x, weight, norm, room), frozen))
+    y, rows = _norm_linear(rows, weight, h, projections, norm, tuple(scalings))
+    return y.reshape(*x.shape[:-1], y.shape[-1]), rows.reshape(x.shape)
+
+
+def _normed(x, weight, norm: Norm, room: int) -> Float[Array, "M D+room"]:
+    return rms_norm(x, weight, eps=norm.eps, plus_one=norm.plus_one, room=room)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _norm_linear(x, weight, h, projections, norm, scalings):
+    return wide_product(_normed(x, weight, norm, room_of(projections)), h, projections, scalings), x
+
+
+def _forward(x, weight, h, projections, norm, scalings):
+    return _norm_linear(x, weight, h, projections, norm, scalings), (x, weight, h, projections)
+
+
+def _backward(norm, scalings, residuals, cotangents):
+    x, weight, h, projections = residuals
+    dy, d_residual = cotangents
+    d_normed, dh = input_gradient(dy, projections, scalings)
+    gradients = adapter_gradients(_normed(x, weight, norm, 0), h, dh, dy, projections, scalings)
+    dx = rms_norm_backward(d_normed, x, weight, eps=norm.eps, plus_one=norm.plus_one, d_residual=d_residual)
+    return dx, None, None, gradients
+
+
+_norm_linear.defvjp(_forward, _backward)
