@@ -135,18 +135,24 @@ class Program:
         """Bytes that a Pallas kernel must move: every operand read once, every output written once.
 
         None for anything else: XLA's fusions may read a slice of an operand. NF4 decoding reads one layer of a stack
-        and writes a part of a buffer, so there the launch grid counts; other kernels that write in place are unknown.
+        and writes a part of a buffer, so there the launch grid counts; other kernels that write in place or read a
+        stack are unknown.
         """
         if instruction.target != "__gpu$xla.gpu.triton" or "/uninitialised" in instruction.scope:
             return None
         out = instruction.shapes
         if "nf4_dequantize" in instruction.scope:
+            if "_transposed" in instruction.scope:  # launched on another grid
+                return None
             groups = int(instruction.attribute(r"grid_x = (\d+)") or 0) * GROUPS_PER_PROGRAM
             scale = 1 + 4 / GROUPS_PER_SCALE if "nf4_dequantize_double" in instruction.scope else 4
             return round(groups * (32 + scale + 64 * out[0].bytes / out[0].size)) or None
         if "output_to_operand_aliasing" in instruction.attributes:
             return None
-        return sum(shape.bytes for shape in (*self.operand_shapes(instruction), *out))
+        operands = self.operand_shapes(instruction)
+        if any(shape.bytes > 8 * sum(o.bytes for o in out) for shape in operands):
+            return None  # a stack, of which the kernel reads one layer
+        return sum(shape.bytes for shape in (*operands, *out))
 
 
 def _instruction(name: str, shape: str, opcode: str, rest: str) -> Instruction:

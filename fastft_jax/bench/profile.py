@@ -18,6 +18,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"(?i)fmha|flash_?att|dot_product_attention"),
     ("attention", r"pallas_kernels/attention/|(^|/)attention_(forward|backward)"),
     ("dequant", r"nf4_(dequantize|decode)|pallas_kernels/nf4/|quant/nf4\.py:dequantize"),
+    ("fp8 scales", r"(^|/)fp8_(quantise|rescale)|pallas_kernels/fp8/__init__"),
     ("loss", r"linear_cross_entropy|(^|/)cross_entropy_|scope=\S*/loss/"),
     ("optimizer", r"adamw?_8bit|trainers/optim\.py|quant/(blockwise|exact)\.py|optax/|scope=\S*/optimizer/"),
     ("optimizer", r"trainers/step\.py:make_train_step\.<locals>\.step\.<locals>"),
@@ -33,7 +34,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (COPIES, r"^(loop_|input_|wrapped_)?(copy|concatenate|pad|transpose|broadcast)[_.\d ]"),
     (COPIES, r"scope=\S*/(dynamic_slice|dynamic_update_slice|copy|pad|broadcast_in_dim) "),
 )
-CLASSES = (GEMM, "attention", "norm/rope/glu", "dequant", LORA, "loss", "optimizer", COPIES, OTHER)
+CLASSES = (GEMM, "attention", "norm/rope/glu", "dequant", "fp8 scales", LORA, "loss", "optimizer", COPIES, OTHER)
 
 
 @dataclass

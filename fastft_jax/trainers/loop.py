@@ -24,7 +24,7 @@ from fastft_jax.errors import ConfigError, TrainingError
 from fastft_jax.pallas_kernels.attention import current_device, select_implementation
 from fastft_jax.pallas_kernels.linear_cross_entropy import default_chunk_size
 from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
-from fastft_jax.trainers.compile import compile_step, program_bytes
+from fastft_jax.trainers.compile import compile_step, compiler_options, program_bytes
 from fastft_jax.trainers.data import BatchSource
 from fastft_jax.trainers.diagnose import first_non_finite
 from fastft_jax.trainers.flops import useful_flops
@@ -195,6 +195,8 @@ class Loop:
             f"compiled in {time.perf_counter() - start:.1f} s | recomputation: {self.policy} | "
             f"the step needs {program_bytes(self._compiled) / 2**30:.2f} GiB"
         )
+        for name, value in compiler_options(self.policy, jax.default_backend()).items():
+            reporter.say(f"XLA option for this step: {name}={value}")
         return self._compiled
 
     def _kernels(self) -> str:

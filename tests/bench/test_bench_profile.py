@@ -31,6 +31,7 @@ BODY = "jit(step)/transpose(jvp())/while/body/checkpoint/"
         ("attention", "attention_backward_dkdv", "pallas_call.4", BODY + "attention/pallas_call", ""),
         ("attention", "loop_add_fusion", "", BODY + "attention/add", "pallas_kernels/attention/cudnn.py:attention"),
         ("dequant", "nf4_dequantize_double", "pallas_call.30", BODY + "attention/nf4_dequantize_double", ""),
+        ("fp8 scales", "fp8_rescale_add", "pallas_call.9", BODY + "mlp/fp8_rescale_add/pallas_call", ""),
         ("dequant", "kernel_7", "pallas_call.30", BODY + "mlp/nf4_dequantize/pallas_call", ""),
         ("loss", "nvjet_tst_128", "cublas-gemm.1", "", "pallas_kernels/linear_cross_entropy/reference.py:_dot"),
         ("loss", "input_reduce_fusion", "", "", "pallas_kernels/linear_cross_entropy/reference.py:scan_chunks"),

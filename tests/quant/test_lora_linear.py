@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft_jax.pallas_kernels.glu import glu
+from fastft_jax.pallas_kernels.rms_norm import rms_norm
 from fastft_jax.quant import nf4
 from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.lora_linear import Projection, lora_linear, room_of
+from fastft_jax.quant.norm_linear import Norm, norm_linear
 
 quantize = jax.jit(nf4.quantize)
 dequantize = jax.jit(nf4.dequantize, static_argnums=1)
@@ -152,6 +154,30 @@ def test_glu_linear_is_lora_linear_of_glu(stacked, rank):
     (y, pull), (expected, pull_expected) = (jax.vjp(f, gate_up, p.a, p.b) for f in (ours, apart))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), pull(dy), pull_expected(dy))
+
+
+@pytest.mark.parametrize("ranks", [(4, None), (None, None)])
+def test_norm_linear_is_lora_linear_of_rms_norm_and_passes_x_on(ranks):
+    rng = np.random.default_rng(8)
+    ps = [member(rng, n, 40, r, "nf4") for n, r in zip((24, 16), ranks, strict=True)]
+    x, weight, dy, d_residual = normal(rng, 2, 3, 40), normal(rng, 40), normal(rng, 2, 3, 40), normal(rng, 2, 3, 40)
+    scalings = [0.7, 1.0]
+
+    def with_pairs(pairs):
+        return [Projection(p.weight, *pair) for p, pair in zip(ps, pairs, strict=True)]
+
+    def ours(x, pairs):
+        return norm_linear(x, weight, Norm(1e-5), with_pairs(pairs), scalings)
+
+    def apart(x, pairs):
+        normed = rms_norm(x, weight, eps=1e-5, implementation="xla")
+        return lora_linear(normed, with_pairs(pairs), scalings), x
+
+    pairs = [(p.a, p.b) for p in ps]
+    (out, pull), (expected, pull_expected) = (jax.vjp(f, x, pairs) for f in (ours, apart))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, out, expected)
+    jax.tree.map(close, pull((dy, d_residual)), pull_expected((dy, d_residual)))
 
 
 def test_an_index_into_a_stack_reads_that_matrix():
