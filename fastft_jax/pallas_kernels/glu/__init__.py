@@ -4,7 +4,6 @@ import functools
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
@@ -13,15 +12,7 @@ from fastft_jax.pallas_kernels.glu.reference import ACTIVATIONS, Activation
 
 Implementation = Literal["xla", "triton"]
 
-__all__ = ["Activation", "Implementation", "glu", "glu_backward", "silu_glu"]
-
-
-def silu_glu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """`silu(gate) * up`: the activation in float32, rounded to the input dtype before the product (as transformers).
-
-    Source: Shazeer 2020, arXiv:2002.05202.
-    """
-    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+__all__ = ["Activation", "Implementation", "glu", "glu_backward"]
 
 
 def glu(
