@@ -93,7 +93,7 @@ class LoraSection(Options):
     """Share of the adapter's inputs set to zero, in training only."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base train, too."""
-    use_gradient_checkpointing: bool | str | dict[str, str] = "auto"
+    use_gradient_checkpointing: bool | str | dict[str, str | float] = "auto"
     """What the backward pass computes again: none, selective, full, offload, auto, or a table of residual names."""
     random_state: NotNegative = 3407
     """Seed of the adapter's first values."""

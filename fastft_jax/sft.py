@@ -52,7 +52,7 @@ def _cause_outside(error: Exception) -> str | None:
     if "RESOURCE_EXHAUSTED" in str(error):
         return (
             "the device's memory is full; lower per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            "max_length or lora.r, or set lora.use_gradient_checkpointing: full"
+            "max_length or lora.r, or set lora.use_gradient_checkpointing: offload"
         )
     return None
 

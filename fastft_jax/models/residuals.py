@@ -98,12 +98,14 @@ class Writer(Keep):
         if how == "offload":
             self.buffers.host[key] = _put(self.buffers.host[key], to_host(value), self._index)
         else:
-            self.buffers.device[key] = _put(self.buffers.device[key], value, self._index)
+            # Without the barrier XLA computes a product that is stored and read twice: once into its place.
+            stored = lax.optimization_barrier(value)
+            self.buffers.device[key] = _put(self.buffers.device[key], stored, self._index)
         return value
 
     def _slot(self, key, value):
-        # Behind the barrier nobody but the buffer wants the value, so the GEMM that makes it may write it there.
-        self.buffers.device[key] = lax.optimization_barrier(_put(self.buffers.device[key], value, self._index))
+        # Nobody but the buffer wants the value, so the GEMM that makes it writes it there.
+        self.buffers.device[key] = _put(self.buffers.device[key], value, self._index)
         return Slot(value, self.buffers.device[key], self._index)
 
 

@@ -1,9 +1,10 @@
 """The loop over a segment's layers and its derivative, both written out.
 
 The forward loop stores what the remat policy keeps of each layer; the backward loop traces the layer again, with the
-kept values read back (`residuals.py`), and pulls the cotangent through it. Against differentiating `lax.scan` under
-`jax.checkpoint` this spares, on a GPU, a zero-fill of every buffer, copies of quantised weights and of large kept
-values, and the wait for what lies on the host: that is fetched one layer ahead of its use.
+kept values read back (`residuals.py`), and pulls the cotangent through it. A policy that treats the last layers
+otherwise makes two loops of each. Against differentiating `lax.scan` under `jax.checkpoint` this spares, on a GPU, a
+zero-fill of every buffer, copies of quantised weights and of large kept values, and the wait for what lies on the host:
+that is fetched one layer ahead of its use.
 """
 
 import functools
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fastft_jax.models.remat import LAYER_INPUT, Policy, table_of
-from fastft_jax.models.residuals import Keep, Probe, Reader, Writer, fetch
+from fastft_jax.models.remat import LAYER_INPUT, Part, Policy, parts
+from fastft_jax.models.residuals import Buffers, Keep, Probe, Reader, Writer, fetch
 
 # layer(x, trainable, frozen, index, keep) -> x; trainable: this layer's leaves; frozen: what `index` selects from
 LayerFn = Callable[[Float[Array, "B T D"], Any, Any, Array, Keep], Float[Array, "B T D"]]
@@ -38,49 +39,59 @@ def run_layers(
 
 
 def _forward(layer, count, policy, x, trainable, frozen):
-    table = _table(policy)
+    kept = []
+    for part in parts(policy, count):
+        x, buffers = _forward_part(layer, part, x, trainable, frozen)
+        kept.append(buffers)
+    return x, (kept, trainable, frozen)
+
+
+def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen) -> tuple[Array, Buffers]:
+    """x after the layers of `part`, and what they keep."""
 
     def run(x, index, keep):
         return layer(keep(LAYER_INPUT, x), _at(trainable, index), frozen, index, keep)
 
-    probe = Probe(table)
+    probe = Probe(part.table)
     jax.eval_shape(lambda x: run(x, jnp.int32(0), probe), x)
 
     def body(index, carry):
         x, buffers = carry
-        keep = Writer(table, buffers, index)
+        keep = Writer(part.table, buffers, index - part.start)
         return run(x, index, keep), keep.buffers
 
-    y, buffers = lax.fori_loop(0, count, body, (x, probe.buffers(count)))
-    return y, (buffers, trainable, frozen)
+    return lax.fori_loop(part.start, part.stop, body, (x, probe.buffers(part.stop - part.start)))
 
 
 def _backward(layer, count, policy, residuals, dy):
-    buffers, trainable, frozen = residuals
-    table = _table(policy)
+    kept, trainable, frozen = residuals
+    gradients = jax.tree.map(jnp.zeros_like, trainable)
+    for part, buffers in reversed(list(zip(parts(policy, count), kept, strict=True))):
+        dy, gradients = _backward_part(layer, part, buffers, dy, gradients, trainable, frozen)
+    return dy, gradients, None
+
+
+def _backward_part(layer: LayerFn, part: Part, buffers: Buffers, dy, gradients, trainable, frozen) -> tuple[Array, Any]:
+    """The cotangent of what entered `part`, and the gradients with its layers' written in their places."""
+    count = part.stop - part.start
 
     def body(turn, carry):
         dy, gradients, fetched = carry
-        index = count - 1 - turn
-        coming = fetch(buffers, index - 1)  # for the next turn; the last one fetches slice 0, clamped, for nothing
-        keep = Reader(table, buffers, fetched, index)
+        here = count - 1 - turn
+        index = part.start + here
+        coming = fetch(buffers, here - 1)  # for the next turn; the last one fetches slice 0, clamped, for nothing
+        keep = Reader(part.table, buffers, fetched, here)
         run = lambda x, leaves: layer(x, leaves, frozen, index, keep)  # noqa: E731
         _, pull_back = jax.vjp(run, keep.stored(f"{LAYER_INPUT}/0"), _at(trainable, index))
         dx, d_leaves = pull_back(dy)
         put = lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, index, 0)  # noqa: E731
         return dx, jax.tree.map(put, gradients, d_leaves), coming
 
-    start = (dy, jax.tree.map(jnp.zeros_like, trainable), fetch(buffers, count - 1))
-    dx, gradients, _ = lax.fori_loop(0, count, body, start)
-    return dx, gradients, None
+    dx, gradients, _ = lax.fori_loop(0, count, body, (dy, gradients, fetch(buffers, count - 1)))
+    return dx, gradients
 
 
 run_layers.defvjp(_forward, _backward)
-
-
-def _table(policy: str | Policy) -> dict[str, str]:
-    table = {LAYER_INPUT: "save", **table_of(policy)}
-    return table | {LAYER_INPUT: "save"} if table[LAYER_INPUT] == "recompute" else table
 
 
 def _at(leaves: Any, index: Array) -> Any:

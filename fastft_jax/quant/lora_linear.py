@@ -71,7 +71,7 @@ def lora_linear(
     h, room = None, room_of(projections)
     if room:
         x_, inputs_, projections_ = lax.stop_gradient((rows, inputs, tuple(projections)))
-        h = keep("lora_h", inner_product(_widened(x_, room), projections_, inputs_))
+        h = keep("lora_h", inner_product(x_, projections_, inputs_))
     y = _lora_linear(rows, inputs, h, tuple(projections), tuple(scalings))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -102,13 +102,13 @@ _lora_linear.defvjp(_forward, _backward)
 
 
 def inner_product(
-    wide: Float[Array, "M K+room"], projections: Sequence[Projection], inputs: Sequence[Array] | None = None
+    x: Float[Array, "M any"], projections: Sequence[Projection], inputs: Sequence[Array] | None = None
 ) -> Float[Array, "M room"]:
-    """h = [x A_1^T, .., x A_G^T], zeros in the rest of the room; from x with its room, or from each one's own input."""
-    room, dtype = room_of(projections), wide.dtype
-    if inputs is None:  # of the wide copy of x, which the product needs anyhow: the narrow x need not exist
-        a = jnp.pad(_below_each_other(projections, dtype), ((0, 0), (0, room)))
-        return contract(wide, a, 1, 1, dtype)
+    """h = [x A_1^T, .., x A_G^T], zeros in the rest of the room; from x, wide or not, or from each one's own input."""
+    room, dtype = room_of(projections), x.dtype
+    if inputs is None:  # a wide x is read as it is, against zeros: the narrow one need not exist
+        a = _below_each_other(projections, dtype)
+        return contract(x, jnp.pad(a, ((0, 0), (0, x.shape[1] - a.shape[1]))), 1, 1, dtype)
     each = [
         contract(u, p.a.astype(dtype), 1, 1, dtype) for u, p in zip(inputs, projections, strict=True) if p.a is not None
     ]

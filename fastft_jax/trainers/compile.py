@@ -14,32 +14,44 @@ MEMORY_SHARE = 0.95  # of the device memory: what a program chosen by "auto" may
 
 
 def compile_step(
-    definition: nnx.GraphDef, optimizer: optax.GradientTransformation, options: LossOptions, arguments: tuple
+    definition: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    options: LossOptions,
+    arguments: tuple,
+    cuda_graphs: bool = True,
 ) -> tuple[str | Policy, Any]:
     """(policy, the step compiled ahead of time for `arguments`), trainable leaves and optimizer state donated.
 
-    options.policy "auto" becomes the fastest one that fits the device's memory.
+    options.policy "auto" becomes the fastest one that fits the device's memory. Without `cuda_graphs` every kernel is
+    launched by itself, a little slower, and a profiler can tell which instruction it belongs to.
     """
 
     def make(policy):
         step = make_train_step(definition, optimizer, options._replace(policy=policy))
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments)
-        return lowered.compile(compiler_options=compiler_options(policy, jax.default_backend()))
+        return lowered.compile(compiler_options=compiler_options(policy, jax.default_backend(), cuda_graphs))
 
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = int(stats["bytes_limit"] * MEMORY_SHARE) if "bytes_limit" in stats else None
     return compile_fitting(make, options.policy, limit)
 
 
-def compiler_options(policy: str | Policy, platform: str) -> dict[str, str]:
+def compiler_options(policy: str | Policy, platform: str, cuda_graphs: bool = True) -> dict[str, str | bool]:
     """XLA's options for a step under a remat policy.
 
-    Copies to and from the host stay out of CUDA graphs: inside one they run in line with the kernels, outside on
-    streams of their own. Measured on an H200, 8B at 2 x 4096: 667 ms a step against 712.
+    Every product is cuBLAS's: no Triton candidates are compiled to be tried (the 8B step compiles in 4 to 8 s instead
+    of 13), and XLA can let a product write into the buffer of kept values itself, which it can only while that product
+    is a library call (benchmarks/xla_options.jsonl). Copies to and from the host stay out of CUDA graphs: inside one
+    they run in line with the kernels, outside on streams of their own; 667 ms a step of an 8B at 2 x 4096 against 712.
     """
-    if platform == "gpu" and "offload" in table_of(policy).values():
-        return {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"}
-    return {}
+    if platform != "gpu":
+        return {}
+    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+    if not cuda_graphs:
+        options["xla_gpu_enable_command_buffer"] = ""
+    elif "offload" in table_of(policy).values():
+        options["xla_gpu_enable_command_buffer"] = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"
+    return options
 
 
 def compile_fitting(make: Callable[[str | Policy], Any], policy: str | Policy, limit: int | None) -> tuple[Any, Any]:

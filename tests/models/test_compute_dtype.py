@@ -8,9 +8,10 @@ from flax import nnx
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.errors import ConfigError
-from fastft_jax.models import compute_dtype
+from fastft_jax.models import compute_dtype, layers
 from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dtype
 from fastft_jax.models.lora import layer_linears
+from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.trainers.step import LossOptions, gradients
 
 
@@ -42,16 +43,38 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_loss_and_adapter_gradient_stay_close_to_bfloat16(model):
+def test_loss_and_adapter_gradient_stay_close_to_bfloat16(model, monkeypatch):
+    fused = []
+    monkeypatch.setattr(layers, "fp8_mlp", lambda *a: (fused.append(a), fp8_mlp(*a))[1])
     assert set(computes(model).values()) == {"fp8"}
     loss, gradient = loss_and_gradient(model, "none")
-    again, recomputed = loss_and_gradient(model, "full")
+    assert fused
+    for policy in ("selective", "full", "offload"):
+        again, recomputed = loss_and_gradient(model, policy)
+        assert abs(again / loss - 1) < 1e-3 and cosine(recomputed, gradient) > 0.999  # recomputing quantises alike
+    fused.clear()
     set_compute_dtype(model.decoder, None)
     plain_loss, plain = loss_and_gradient(model, "none")
     set_compute_dtype(model.decoder, "fp8")
     assert loss != plain_loss and abs(loss / plain_loss - 1) < 0.02
-    assert cosine(gradient, plain) > 0.98
-    assert abs(again / loss - 1) < 1e-3 and cosine(recomputed, gradient) > 0.999  # recomputing quantises alike
+    assert cosine(gradient, plain) > 0.98 and not fused
+
+
+@pytest.mark.parametrize("differs", ["a bias", "dropout", "one linear in bfloat16"])
+def test_a_feed_forward_layer_that_one_op_does_not_cover_takes_the_other_way(model, monkeypatch, differs):
+    mlp, x = model.decoder.segments[0][0].mlp, jnp.ones((1, 3, model.decoder.config.hidden_size), jnp.bfloat16)
+    linears, keys = (mlp.gate_proj, mlp.up_proj, mlp.down_proj), (None,) * 3
+    assert layers.runs_in_fp8(linears, x, keys)
+    if differs == "a bias":
+        monkeypatch.setattr(mlp.down_proj, "bias", layers.Frozen(jnp.zeros(3)))
+    elif differs == "dropout":
+        monkeypatch.setattr(mlp.up_proj, "dropout", 0.1)
+        keys = tuple(jax.random.split(jax.random.key(0), 3))
+    else:
+        set_compute_dtype(model.decoder, "fp8", keep=["mlp.up_proj"])
+    fused = layers.runs_in_fp8(linears, x, keys)
+    set_compute_dtype(model.decoder, "fp8")
+    assert not fused
 
 
 def test_named_linears_keep_their_dtype(model):

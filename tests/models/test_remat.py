@@ -9,11 +9,11 @@ import tiny_run
 from flax import nnx
 
 from fastft_jax.errors import ConfigError
-from fastft_jax.models.remat import POLICIES, RESIDUAL_NAMES, resolve_policy
+from fastft_jax.models.remat import POLICIES, RESIDUAL_NAMES, parts, resolve_policy
 from fastft_jax.trainers.compile import compile_fitting
 from fastft_jax.trainers.step import LossOptions, gradients
 
-USERS_TABLE = {"q": "save", "attn_out": "save", "gate_up": "recompute", "layer_input": "offload"}
+USERS_TABLE = {"q": "save", "attn_out": "save", "gate_up": 0.3, "v": "recompute", "layer_input": "offload"}
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,12 @@ def program(size: int):
         (None, "none", ["none"]),
         (1100, "none", ["none"]),
         (1099, "selective", ["none", "selective"]),
-        (200, "full", ["none", "selective", "full"]),
-        (150, "offload", ["none", "selective", "full", "offload"]),
-        (1, "offload", ["none", "selective", "full", "offload"]),  # the last resort, fitting or not
+        (150, "offload", ["none", "selective", "offload"]),
+        (1, "offload", ["none", "selective", "offload"]),  # the last resort, fitting or not
     ],
 )
 def test_auto_takes_the_first_policy_that_fits(limit, chosen, tried):
-    sizes = {"none": 1000, "selective": 500, "full": 100, "offload": 50}
+    sizes = {"none": 1000, "selective": 500, "offload": 50}
     made = []
 
     def make(policy):
@@ -107,7 +106,22 @@ def test_policy_names_mean_themselves(name):
     assert set(POLICIES[name]) <= set(RESIDUAL_NAMES)
 
 
-@pytest.mark.parametrize("wrong", ["gradient", None, {"q": "keep"}, {"queries": "save"}, ["q"]], ids=str)
+def test_a_share_is_of_the_last_layers():
+    table = {"gate_up": 0.25, "q": 0.5, "k": "save", "layer_input": "recompute"}
+    always = {"k": "save", "layer_input": "save"}
+    assert parts(resolve_policy(table), 8) == (
+        (0, 4, always | {"q": "recompute", "gate_up": "recompute"}),
+        (4, 6, always | {"q": "save", "gate_up": "recompute"}),
+        (6, 8, always | {"q": "save", "gate_up": "save"}),
+    )
+    assert parts(resolve_policy({"q": 0.1}), 3) == ((0, 3, {"layer_input": "save", "q": "recompute"}),)
+    assert parts("full", 3) == ((0, 3, {"layer_input": "save"}),)
+
+
+WRONG = ["gradient", None, {"q": "keep"}, {"queries": "save"}, ["q"], {"q": 1.5}, {"q": True}, {"layer_input": 0.5}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_anything_else_is_a_config_error_that_lists_the_choices(wrong):
     with pytest.raises(ConfigError, match="use_gradient_checkpointing.*(selective|mid_residual)"):
         resolve_policy(wrong)
