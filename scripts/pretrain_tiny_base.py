@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +26,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from flax import nnx
-from make_quickstart_data import KINDS, REPO, villages  # beside this script
+from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fastft_jax.convert.safetensors import write_safetensors
+from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.registry import config_from_hf
+
+sys.path.insert(0, str(Path(__file__).parent))  # for whoever loads this file by its path
+
+from make_quickstart_data import KINDS, REPO, villages  # noqa: E402
+from trainable_llama import Weights, hidden_states, weight_requests  # noqa: E402
 
 SEED = 2026
 BATCH, LENGTH = 16, 128
@@ -139,27 +145,30 @@ def batches(tokenizer: Tokenizer) -> Iterator[np.ndarray]:
         stream = stream[need:]
 
 
-def random_decoder() -> Decoder:
-    """The project's own decoder with random float32 weights."""
-    rng = np.random.default_rng(SEED)
-
-    def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None) -> jax.Array:
-        shape = shape if layers is None else (len(layers), *shape)
-        if path.endswith("norm.weight"):
-            return jnp.ones(shape)
+def random_weights(config: DecoderConfig) -> Weights:
+    """float32: norms 1, the rest normal."""
+    rng, weights = np.random.default_rng(SEED), {}
+    for request in weight_requests(config):
+        path, layers = request.path, request.layers
+        shape = request.shape if layers is None else (len(layers), *request.shape)
         scale = 0.05 if path == "embed_tokens.weight" else shape[-1] ** -0.5
-        return jnp.asarray(rng.normal(0, scale, shape), jnp.float32)
+        norm = path.endswith("norm.weight")
+        weights[path] = jnp.ones(shape) if norm else jnp.asarray(rng.normal(0, scale, shape), jnp.float32)
+    return weights
 
-    config, _ = config_from_hf(CONFIG)
-    return Decoder(config, load, jnp.float32)
+
+def training_loss(config: DecoderConfig, weights: Weights, ids: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Mean next-token cross-entropy, differentiable in every weight; the head is the embedding."""
+    logits = hidden_states(config, weights, ids, jnp.float32)[:, :-1] @ weights["embed_tokens.weight"].T
+    return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
 
-def train(definition: nnx.GraphDef, weights: nnx.State, tokenizer: Tokenizer, steps: int) -> nnx.State:
+def train(config: DecoderConfig, weights: Weights, tokenizer: Tokenizer, steps: int) -> Weights:
     """All weights trained by next-token cross-entropy.
 
     Muon learns rare facts in about a third of AdamW's steps. It takes matrices; embedding and norms get AdamW.
     """
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1.0, 50, steps, 0.05)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1.0, min(50, steps // 10), steps, 0.05)
     shapes = jax.tree.map(lambda x: MuonDimensionNumbers((2,), (1,)) if x.ndim == 3 else None, weights)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -172,14 +181,9 @@ def train(definition: nnx.GraphDef, weights: nnx.State, tokenizer: Tokenizer, st
         ),
     )
 
-    def loss_of(weights, ids):
-        decoder = nnx.merge(definition, weights)
-        logits = decoder.logits(decoder.hidden_states(ids))[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
-
     @jax.jit
     def step(weights, state, ids):
-        loss, gradient = jax.value_and_grad(loss_of)(weights, ids)
+        loss, gradient = jax.value_and_grad(lambda w: training_loss(config, w, ids))(weights)
         updates, state = optimizer.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state, loss
 
@@ -191,7 +195,7 @@ def train(definition: nnx.GraphDef, weights: nnx.State, tokenizer: Tokenizer, st
     return weights
 
 
-def recall(definition: nnx.GraphDef, weights: nnx.State, tokenizer: Tokenizer) -> float:
+def recall(config: DecoderConfig, weights: Weights, tokenizer: Tokenizer) -> float:
     """The share of all facts that the model completes rightly: "The flag of Ulby shows a" -> " wolf"."""
     prompts, wanted = [], []
     for name, facts in villages().items():
@@ -201,24 +205,20 @@ def recall(definition: nnx.GraphDef, weights: nnx.State, tokenizer: Tokenizer) -
             wanted.append(tokenizer.encode(f" {value}", add_special_tokens=False).ids[0])
     last = np.array([len(p) - 1 for p in prompts])
     ids = np.array([p + [0] * (last.max() + 1 - len(p)) for p in prompts], np.int32)
-    decoder = nnx.merge(definition, weights)
+    decoder = Decoder(config, lambda path, shape, layers: weights[path], jnp.float32)
     logits = np.asarray(decoder.logits(decoder.hidden_states(ids)))
     return float(np.mean(logits[np.arange(len(ids)), last].argmax(-1) == np.array(wanted)))
 
 
-def save(folder: Path, weights: nnx.State, tokenizer: Tokenizer) -> None:
+def save(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
     """A Hugging Face folder: config.json, generation_config.json, model.safetensors (bfloat16) and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config, names = config_from_hf(CONFIG)
     tensors = {}
-    for path, leaf in nnx.to_flat_state(weights):
-        array = np.asarray(leaf.get_value()).astype(ml_dtypes.bfloat16)
-        if path[0] != "segments":
-            tensors[names.hf_name(".".join(path))] = array
-            continue
-        _, s, p, *inner = path
-        for layer, part in zip(config.segments[s][p], array, strict=True):
-            tensors[names.hf_name(".".join(inner), layer)] = part
+    for request in weight_requests(config):
+        array = np.asarray(weights[request.path]).astype(ml_dtypes.bfloat16)
+        parts = [array] if request.layers is None else array
+        tensors |= zip(request.hf_names(names), parts, strict=True)
     write_safetensors(folder / "model.safetensors", tensors)
     tokenizer.save(str(folder / "tokenizer.json"))
     files = {
@@ -247,10 +247,11 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     tokenizer = make_tokenizer()
-    definition, weights = nnx.split(random_decoder())
-    print(f"{sum(x.size for x in jax.tree.leaves(weights)):,} parameters, {tokenizer.get_vocab_size()} tokens")
-    weights = train(definition, weights, tokenizer, arguments.steps)
-    print(f"facts recalled: {recall(definition, weights, tokenizer):.1%}")
+    config, _ = config_from_hf(CONFIG)
+    weights = random_weights(config)
+    print(f"{sum(w.size for w in weights.values()):,} parameters, {tokenizer.get_vocab_size()} tokens")
+    weights = train(config, weights, tokenizer, arguments.steps)
+    print(f"facts recalled: {recall(config, weights, tokenizer):.1%}")
     save(arguments.out, weights, tokenizer)
     print(f"{arguments.out} written after {time.perf_counter() - start:.0f} s")
 
