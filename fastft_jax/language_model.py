@@ -286,7 +286,7 @@ class FastLanguageModel:
                 )
 
     def verify_adapter(self, folder: str | Path) -> str:
-        """Read an adapter folder back and compare it with the live model; says so in a line.
+        """Read an adapter folder back, attach it to the base anew, and compare with the live model; says so in a line.
 
         Every tensor must be equal to the bit, and so must the logits of a fixed row. Raises CheckpointError if not.
         """
@@ -297,9 +297,10 @@ class FastLanguageModel:
             if stored is None or not np.array_equal(stored, np.asarray(value)):
                 raise CheckpointError(f"{folder}: {self._peft_name(name)!r} is not what was trained")
         clone = FastLanguageModel(
-            nnx.merge(*nnx.split(self.decoder)), self.names, self.hf_config, name=self.name_or_path, max_seq_length=1
+            nnx.clone(self.decoder), self.names, self.hf_config, name=self.name_or_path, max_seq_length=1
         )
-        clone.peft_config = config
+        lora.forget_adapters(clone.decoder)
+        clone._attach(config, seed=0, init=True)
         clone._take_tensors(Path(folder), tensors)
         row = np.arange(16)[None] % self.decoder.config.vocab_size
         difference = float(jnp.abs(clone(row) - self(row)).max())

@@ -1,5 +1,6 @@
 """FastLanguageModel: adapters as PEFT makes and reads them, in every variant offered."""
 
+import json
 import warnings
 
 import jax.numpy as jnp
@@ -166,4 +167,17 @@ def test_a_saved_adapter_that_was_altered_does_not_pass_for_what_was_trained(fol
     model.save_pretrained(tmp_path)
     randomise(model)
     with pytest.raises(CheckpointError, match="not what was trained"):
+        model.verify_adapter(tmp_path)
+
+
+def test_reading_back_compares_what_the_file_says_and_not_the_live_model_with_itself(folders, tmp_path):
+    model = FastLanguageModel.get_peft_model(load(folders["qwen-1.5"]), r=4, lora_alpha=4, bias="all")
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    before = np.asarray(model(IDS))
+    assert "difference| 0.0" in model.verify_adapter(tmp_path)
+    np.testing.assert_array_equal(np.asarray(model(IDS)), before)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    with pytest.raises(CheckpointError, match="logits differ"):
         model.verify_adapter(tmp_path)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fastft_jax.bench import profile
 from fastft_jax.bench.hlo import Program
 from fastft_jax.bench.process import process_age
+from fastft_jax.bench.start import Start
 from fastft_jax.bench.trace import profiled, read_events
 from fastft_jax.errors import TrainingError
 from fastft_jax.language_model import FastLanguageModel
@@ -88,10 +88,17 @@ class Bench:
             leaf.delete()
 
     def run(
-        self, work: Workload, *, steps: int, warmup: int, profiling: Profiling | None = None
+        self,
+        work: Workload,
+        *,
+        steps: int,
+        warmup: int,
+        profiling: Profiling | None = None,
+        start: Start | None = None,
     ) -> tuple[dict[str, Any], profile.Profile | None]:
         """What a run of warmup + steps steps measured, and the profile of a few more.
 
+        `start` is told what the run does until the end of its first step, and its numbers are in the result.
         `warmup` steps (at least 1) are left out of the times. A step's time runs from the moment the numbers of the
         one before were there to the moment its own are, as in training: the next step is queued before that.
         """
@@ -99,21 +106,28 @@ class Bench:
         before = peak_memory(device)
         source = work.source(self.config.vocab_size, warmup + steps)
         optimizer, _ = make_optimizer(optim=self._optim, learning_rate=LEARNING_RATE, total_steps=warmup + steps)
-        trainable = jax.tree.map(jnp.asarray, self._start)
+        trainable = jax.device_put(self._start, may_alias=False)  # it is donated, and must stay what it is
         state = jax.block_until_ready((trainable, jax.jit(optimizer.init)(trainable)))
         del trainable
         batches = [source.batch(0, i % source.steps_per_epoch) for i in range(warmup + steps)]
-        arguments = (*state, self._frozen, _on_device(batches[0]), None)
+        arguments = (*state, self._frozen, on_device(batches[0]), None)
         options = LossOptions(
             policy=work.policy,
             chunk_size=default_chunk_size(self.config.vocab_size),
             max_segments=source.max_segments if work.packed else None,
             max_document_length=source.longest,
         )
-        start = time.perf_counter()
+        if start is not None:
+            start.end("state")
+        before_compile = time.perf_counter(), 0.0 if start is None else start.xla_seconds
         policy, compiled = compile_step(self._definition, optimizer, options, arguments)
-        compile_seconds = time.perf_counter() - start
+        compile_seconds = time.perf_counter() - before_compile[0]
+        if start is not None:
+            start.end_compile(before_compile[1])
+        peak_compiled = peak_memory(device)
         state, losses, times, age = _train(compiled, state, self._frozen, batches)
+        if start is not None:
+            start.end("first_step", age)
         seconds = np.diff(times)[warmup - 1 :]
         tokens = [int((batch["segment_ids"] > 0).sum()) for batch in batches[warmup:]]
         flops = [useful_flops(self.config, batch, self.trainable_count) for batch in batches[warmup:]]
@@ -133,13 +147,22 @@ class Bench:
             "mfu": peak_flops and round(statistics.median(rates) / peak_flops, 4),
             # The device counts its peak since the process began: an earlier run's may be higher than this one's.
             "peak_memory_bytes": peak if peak is not None and peak > (before or 0) else None,
+            # when the run began, and when its step was compiled: XLA tries out products on buffers of its own
+            "peak_memory_bytes_before": {"run": before, "first_step": peak_compiled},
             "program_bytes": program_bytes(compiled),
             "compile_seconds": round(compile_seconds, 2),
-            "first_step_age_seconds": age,
+            "start_to_first_step_seconds": None if start is None else age,
             "losses": [round(loss, 4) for loss in losses],
         }
+        result |= {} if start is None else start.record()
         if profiling is None:
             return result, None
+        if device.platform == "gpu":
+            options = options._replace(policy=policy)
+            arguments = (*state, self._frozen, on_device(batches[0]), None)
+            # inside a CUDA graph a profiler does not say which instruction a kernel is of
+            _, compiled = compile_step(self._definition, optimizer, options, arguments, cuda_graphs=False)
+            state, *_ = _train(compiled, state, self._frozen, batches[:1])
         return result, self._profile(compiled, state, batches, policy, profiling)
 
     def _profile(self, compiled, state, batches, policy: str | Policy, profiling: Profiling) -> profile.Profile:
@@ -177,7 +200,7 @@ def _train(compiled, state, frozen, batches) -> tuple[tuple, list[float], list[f
     with ThreadPoolExecutor(1) as reader:
         pending = []
         for batch in batches:
-            *state, metrics = compiled(*state, frozen, _on_device(batch), None)
+            *state, metrics = compiled(*state, frozen, on_device(batch), None)
             metrics["loss"].copy_to_host_async()
             pending.append(reader.submit(read, metrics["loss"]))
             if len(pending) > 1:
@@ -192,9 +215,9 @@ def _train(compiled, state, frozen, batches) -> tuple[tuple, list[float], list[f
     return tuple(state), losses, times, age
 
 
-def _on_device(batch: dict[str, Any]) -> dict[str, jax.Array]:
+def on_device(batch: dict[str, Any]) -> dict[str, jax.Array]:
     """[B, T] host rows -> [1, B, T] device arrays: one micro-batch."""
-    return {name: jnp.asarray(batch[name])[None] for name in ARRAYS}
+    return {name: jax.device_put(batch[name][None]) for name in ARRAYS}
 
 
 def _documents(lengths, vocab_size: int, rng: np.random.Generator) -> PreparedDataset:

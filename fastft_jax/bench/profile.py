@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (GEMM, r"(^|/)quantised_mat(mul|vec)"),
     (GEMM, r"gemm_fusion|(?i:gemm\w*kernel)|splitKreduce|hlo=(cublas|dot\b)"),
     (GEMM, r"hlo=\S*reduce\S* scope=\S*/dot_general "),  # the sum of a product that was split along K
-    ("norm/rope/glu", r"(^|/)((add_)?(rms|layer)_norm|rope_|(silu_|gelu\w*_)?glu)"),
+    ("norm/rope/glu", r"(^|/)(fp8_)?((add_)?(rms|layer)_norm|rope_|(silu_|gelu\w*_)?glu)"),
     ("norm/rope/glu", r"pallas_kernels/(rms_norm|layer_norm|rope|glu)/|models/rope\.py"),
     (COPIES, r"(^|/)uninitialised"),
     (COPIES, r"^(loop_|input_|wrapped_)?(dynamic_slice|dynamic_update_slice|slice)[_.\d ]"),
@@ -84,11 +84,20 @@ def _ours(frames: Sequence[str]) -> list[str]:
 
 
 class _Work:
-    """Class and known work of an event, through the program's text; each kernel is looked up once."""
+    """Class and known work of an event, through the program's text; each kernel is looked up once.
 
-    def __init__(self, program: Program | None, lora_width: int):
+    An instruction may launch several kernels, as a product that clears a buffer first does: the one that takes longest
+    has the work.
+    """
+
+    def __init__(self, program: Program | None, lora_width: int, events: Sequence[Event]):
         self._program, self._lora_width = program, lora_width
         self._seen: dict[tuple[str, str], tuple[str, float, float]] = {}
+        spent: dict[str, dict[str, float]] = {}
+        for event in events:
+            names = spent.setdefault(event.hlo_op, {})
+            names[event.name] = names.get(event.name, 0.0) + event.duration
+        self._main = {hlo_op: max(names, key=names.get) for hlo_op, names in spent.items() if hlo_op}
 
     def of(self, event: Event) -> tuple[str, float, float]:
         """(class, FLOPs in bf16's worth, bytes); zeros where they are not known."""
@@ -102,7 +111,7 @@ class _Work:
 
     def _look_up(self, event: Event) -> tuple[str, float, float]:
         instruction = self._instruction(event)
-        if instruction is None:
+        if instruction is None or self._main.get(event.hlo_op, event.name) != event.name:
             return classify(event.name, event.hlo_op, event.scope), 0, 0
         program, dot = self._program, self._program.dot(instruction)
         scope = event.scope if len(event.scope) > len(instruction.scope) else instruction.scope
@@ -137,7 +146,7 @@ def summarise(
     rows = {name: Row(name) for name in CLASSES}
     seconds = dict.fromkeys(CLASSES, (0.0, 0.0))
     by_kernel: dict[tuple[str, str], list[float]] = {}
-    work = _Work(program, lora_width)
+    work = _Work(program, lora_width, events)
     for event in events:
         kind, flops, moved = work.of(event)
         row, ms = rows[kind], event.duration / 1e6 / steps

@@ -1,27 +1,26 @@
 """A model of any geometry with random weights, made on the device: nothing is downloaded, nothing is read."""
 
+import math
 import zlib
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from fastft_jax.bench.random_values import SCALE, nf4_blocks, normal
 from fastft_jax.convert.hf import Request
 from fastft_jax.errors import ConfigError
 from fastft_jax.language_model import DTYPES, FastLanguageModel
 from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dtype
 from fastft_jax.models.decoder import Decoder, LoadFn
 from fastft_jax.models.families.registry import config_from_hf
-from fastft_jax.quant.nf4 import quantize
-
-SCALE = 0.02  # of the normal distribution: as wide as trained weights are
+from fastft_jax.quant.nf4 import BLOCK, NF4Array
 
 
-def random_model(
-    hf_config: dict[str, Any], *, dtype: str = "bfloat16", compute_dtype: str | None = None, max_length: int, r: int
+def random_base(
+    hf_config: dict[str, Any], *, dtype: str = "bfloat16", compute_dtype: str | None = None, max_length: int
 ) -> FastLanguageModel:
-    """The model of a config.json with an NF4 base and a LoRA adapter of rank r on every linear.
+    """The model of a config.json with an NF4 base, without an adapter.
 
     Norms are 1, all other weights normal(0, 0.02). Raises CheckpointError for a config that is not supported,
     ConfigError for a dtype or a compute_dtype that there is not, or not on this device.
@@ -32,31 +31,34 @@ def random_model(
     check_compute_dtype(compute_dtype)
     decoder = Decoder(config, random_weights(DTYPES[dtype]), DTYPES[dtype])
     set_compute_dtype(decoder, compute_dtype)
-    model = FastLanguageModel(decoder, names, hf_config, name="random", max_seq_length=max_length)
-    return FastLanguageModel.get_peft_model(model, r=r, lora_alpha=r, target_modules="all-linear")
+    return FastLanguageModel(decoder, names, hf_config, name="random", max_seq_length=max_length)
+
+
+def random_model(hf_config: dict[str, Any], *, r: int, **options: Any) -> FastLanguageModel:
+    """`random_base` with a LoRA adapter of rank r on every linear."""
+    return add_adapter(random_base(hf_config, **options), r)
+
+
+def add_adapter(model: FastLanguageModel, r: int, init: bool = True) -> FastLanguageModel:
+    """LoRA of rank r on every linear, in place; `init` False makes B random, too."""
+    return FastLanguageModel.get_peft_model(
+        model, r=r, lora_alpha=r, target_modules="all-linear", init_lora_weights=init
+    )
 
 
 def random_weights(dtype: Any, load_in_4bit: bool = True, seed: int = 0) -> LoadFn:
     """A LoadFn that draws every tensor from (seed, its path): linears of layers in NF4, everything else in `dtype`."""
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        quantised = load_in_4bit and Request(path, shape, layers).quantisable
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{path} {layers}".encode()))
-        keys = key if layers is None else jax.random.split(key, len(layers))
-        norm = path.endswith("norm.weight")
-        return jax.block_until_ready(_draw(keys, shape, dtype, "ones" if norm else "nf4" if quantised else "normal"))
+        stacked = shape if layers is None else (len(layers), *shape)
+        seeds = np.array([zlib.crc32(f"{seed} {path} {layer}".encode()) for layer in layers or (None,)], np.uint32)
+        if len(shape) == 1:  # small: made on the host, so that nothing is compiled for it
+            norm = path.endswith("norm.weight")
+            values = np.ones(stacked) if norm else np.random.default_rng(seeds).normal(0, SCALE, stacked)
+            return jax.device_put(values.astype(dtype))
+        if load_in_4bit and Request(path, shape, layers).quantisable:
+            # by the number of blocks alone, so that matrices of one size share a program
+            return NF4Array(*nf4_blocks(seeds, -(-math.prod(shape) // BLOCK)), shape)
+        return normal(seeds, stacked, dtype)
 
     return load
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _draw(keys: jax.Array, shape: tuple[int, ...], dtype: Any, kind: str):
-    """One tensor, or a stack with one for each key. A loop draws them in turn, so that one is there unquantised."""
-
-    def one(key):
-        if kind == "ones":
-            return jnp.ones(shape, dtype)
-        w = (jax.random.normal(key, shape, dtype) * SCALE).astype(dtype)
-        return quantize(w) if kind == "nf4" else w
-
-    return one(keys) if keys.ndim == 0 else jax.lax.map(one, keys)

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from fastft_jax.trainers.environment import environment
 
+def facts(command: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Date, card, driver, power limit, versions and the command: what it takes to run it again.
 
-def facts(command: str) -> dict[str, Any]:
-    """Date, card, driver, power limit, versions and the command: what it takes to run it again."""
+    known: what `environment` said of the device.
+    """
     device = jax.local_devices()[0]
-    known = environment(device)
     out = {"date": datetime.date.today().isoformat(), "device": known["device"], "driver": known.get("driver")}
     out["power_limit_watts"] = _power_limit() if device.platform == "gpu" else None
     return out | {"packages": known["packages"], "xla_flags": known["xla_flags"], "command": command}
@@ -54,7 +54,7 @@ HEADER = " ".join(f"{name:>{width}s}" for name, width in _COLUMNS)
 
 def line(run: dict[str, Any]) -> str:
     """A run under HEADER; what is not known is a dash."""
-    cells = [run["policy"], str(run["batch"]), str(run["seq"])]
+    cells = [run["policy"] if isinstance(run["policy"], str) else "table", str(run["batch"]), str(run["seq"])]
     if "error" not in run:
         low, high = run["tokens_per_second_range"]
         cells += [
@@ -65,7 +65,7 @@ def line(run: dict[str, Any]) -> str:
             _or_dash(run["peak_memory_bytes"], "{:.2f}", 2**30),
             _or_dash(run["program_bytes"], "{:.2f}", 2**30),
             f"{run['compile_seconds']:.1f}",
-            _or_dash(run["start_to_first_step_seconds"], "{:.1f}"),
+            _or_dash(run.get("start_to_first_step_seconds"), "{:.1f}"),
         ]
     widths = [width for _, width in _COLUMNS]
     text = " ".join(f"{cell:>{width}s}" for cell, width in zip(cells, widths, strict=False))

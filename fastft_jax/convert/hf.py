@@ -1,12 +1,13 @@
 """A Hugging Face folder -> a decoder: every tensor named, checked, read alone and quantised on the device."""
 
+import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.quant.nf4 import quantize, stack
+from fastft_jax.quant.nf4 import NF4Array, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 
@@ -64,17 +65,34 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
     requests = list(tensor_requests(config))
     _check(checkpoint, requests, names, config)
     order = iter([name for request in requests for name in request.hf_names(names)])
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor() as compilers:
         ahead = _ReadAhead(checkpoint, order, pool)
+        programs = {
+            kind: compilers.submit(_compile_fill, *kind)
+            for kind in dict.fromkeys(
+                _kind(request, checkpoint.info(name)[0], dtype, load_in_4bit)
+                for request in requests
+                if len(request.shape) > 1 and request.layers is not None
+                for name in request.hf_names(names)
+            )
+        }
 
         def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
             request = Request(path, shape, layers)
-            quantised = load_in_4bit and request.quantisable
-            # Waiting keeps the host at two tensors: otherwise transfers queue up behind the reader.
-            parts = [jax.block_until_ready(_pack(ahead.next(), dtype, quantised)) for _ in request.hf_names(names)]
             if layers is None:
-                return parts[0]
-            return stack(parts) if quantised else jnp.stack(parts)
+                return jax.block_until_ready(_cast(ahead.next(), dtype))
+            if len(shape) == 1:
+                return jax.device_put(np.stack([ahead.next().astype(dtype) for _ in layers]))
+            stack = None
+            for i in range(len(layers)):
+                w = ahead.next()
+                room, fill = programs[_kind(request, w.dtype, dtype, load_in_4bit)].result()
+                # Waiting keeps the host at two tensors: otherwise transfers queue up behind the reader.
+                stack = room() if stack is None else stack
+                stack = jax.block_until_ready(fill(stack, w.reshape(-1), np.int32(i)))
+            if isinstance(stack, NF4Array):
+                return dataclasses.replace(stack, shape=shape)
+            return stack.reshape(len(layers), *shape)
 
         return Decoder(config, load, dtype)
 
@@ -135,8 +153,42 @@ class _ReadAhead:
         self._pending = None if name is None else self._pool.submit(self._checkpoint.read, name)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _pack(w: Array, dtype, quantised: bool):
-    """A tensor in `dtype`, or its NF4 code (quantised from `dtype`, as transformers does)."""
-    w = w.astype(dtype)
-    return quantize(w) if quantised else w
+def _cast(w: np.ndarray, dtype) -> Array:
+    """On the device, in `dtype`; nothing is compiled where it has that dtype already."""
+    w = jax.device_put(w)
+    return w if w.dtype == dtype else w.astype(dtype)
+
+
+class _Kind(NamedTuple):
+    """What fixes the program that fills a stack: matrices of equal size share one, whatever their shape."""
+
+    layers: int
+    size: int
+    source: np.dtype
+    dtype: Any
+    quantised: bool
+
+
+def _kind(request: Request, source: np.dtype, dtype, load_in_4bit: bool) -> _Kind:
+    return _Kind(len(request.layers), math.prod(request.shape), np.dtype(source), dtype, load_in_4bit)
+
+
+def _compile_fill(layers: int, size: int, source: np.dtype, dtype, quantised: bool) -> tuple[Callable, Callable]:
+    """`room()`: an empty stack; `fill(stack, w, i)`: with w [size] at index i, in place, in `dtype` or its NF4 code
+    (quantised from `dtype`, as transformers does).
+
+    Compiled ahead, in threads, while tensors are read: encoding takes XLA seconds a size.
+    """
+
+    def pack(w):
+        return quantize(w.astype(dtype)) if quantised else w.astype(dtype)
+
+    def fill(stack, w, i):
+        put = lambda leaf, part: jax.lax.dynamic_update_index_in_dim(leaf, part, i, 0)  # noqa: E731
+        return jax.tree.map(put, stack, pack(w))
+
+    w = jax.ShapeDtypeStruct((size,), source)
+    stack = jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), jax.eval_shape(pack, w))
+    room = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stack))
+    filler = jax.jit(fill, donate_argnums=0).lower(stack, w, jax.ShapeDtypeStruct((), jnp.int32))
+    return room.lower().compile(), filler.compile()

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.glu import Activation, glu
 from fastft_jax.pallas_kernels.rms_norm import rms_norm
+from fastft_jax.quant import fp8
+from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.lora_linear import Projection, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
@@ -101,6 +103,21 @@ def project_glu(
         value, _projection(linear), linear.scaling, activation=activation, stack=stack, index=index, keep=keep
     )
     return _with_biases(y, (linear,))
+
+
+def runs_in_fp8(linears: Sequence[Linear], x: Float[Array, "B T K"], dropout_keys: Sequence[Array | None]) -> bool:
+    """Whether `project_fp8_mlp` computes what these linears do: in fp8, without biases and without dropout."""
+    weights = [m.weight.get_value() for m in linears]
+    plain = all(m.bias is None for m in linears) and not _drops(linears, dropout_keys)
+    return plain and fp8.takes(x.size // x.shape[-1], weights)
+
+
+def project_fp8_mlp(
+    norm: "RMSNorm", linears: Sequence[Linear], x: Float[Array, "B T D"], keep: Keep
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """`down(silu(gate(n)) * up(n))` with n = norm(x), in fp8; and x again. linears: gate, up, down."""
+    projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
+    return fp8_mlp(x, norm.weight.get_value(), Norm(norm.eps), projections, scalings, keep)
 
 
 def _projection(linear: Linear) -> Projection:

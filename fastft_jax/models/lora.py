@@ -4,19 +4,20 @@ Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.models.layers import Linear
+from fastft_jax.models.layers import Frozen, Linear
 
 SAVEABLE = ("embed_tokens", "lm_head")
 INITIALISATIONS = (True, False, "gaussian")
@@ -69,26 +70,41 @@ def add_lora(
     by_linear: dict[int, list[Site]] = {}
     for site in targets:
         by_linear.setdefault(id(site.linear), []).append(site)
-    keys = jax.random.split(jax.random.key(seed), len(by_linear))
-    for key, group in zip(keys, by_linear.values(), strict=True):
-        linear, rows = group[0].linear, tuple(sorted(site.row for site in group))
-        n, k = linear.weight.get_value().shape[-2:]
-        a, b = _initial(key, init, len(rows), r, n, k)
+    stacks = [(group[0].linear, tuple(sorted(site.row for site in group))) for group in by_linear.values()]
+    shapes = tuple((len(rows), *linear.weight.get_value().shape[-2:]) for linear, rows in stacks)
+    pairs = _initial(np.uint32(seed & 0xFFFFFFFF), init, r, shapes)
+    for (linear, rows), (a, b) in zip(stacks, pairs, strict=True):
         linear.lora_A, linear.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
         linear.scaling, linear.dropout = scaling, dropout
         linear.adapted_rows = None if len(rows) == _stack_size(linear) else rows
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _initial(key, init, rows: int, r: int, n: int, k: int) -> tuple[Array, Array]:
-    key_a, key_b = jax.random.split(key)
-    if init == "gaussian":
-        a = jax.random.normal(key_a, (rows, r, k)) / r
-    else:
-        a = jax.random.uniform(key_a, (rows, r, k), minval=-1, maxval=1) / math.sqrt(k)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _initial(seed, init: bool | str, r: int, shapes: tuple[tuple[int, int, int], ...]) -> list[tuple[Array, Array]]:
+    """A and B for linears of (rows, N, K), in one program: a start-up is made of compiling."""
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(seed), len(shapes)))
+
+    def within(key, shape, bound):
+        return jax.random.uniform(key, shape, minval=-1, maxval=1) / math.sqrt(bound)
+
+    def draw_a(key, shape):
+        return jax.random.normal(key, shape) / r if init == "gaussian" else within(key, shape, shape[-1])
+
+    a = _draw_each(draw_a, keys[:, 0], [(rows, r, k) for rows, _, k in shapes])
+    shapes_b = [(rows, n, r) for rows, n, _ in shapes]
     if init is False:
-        return a, jax.random.uniform(key_b, (rows, n, r), minval=-1, maxval=1) / math.sqrt(r)
-    return a, jnp.zeros((rows, n, r))
+        return list(zip(a, _draw_each(lambda key, shape: within(key, shape, r), keys[:, 1], shapes_b), strict=True))
+    return list(zip(a, map(jnp.zeros, shapes_b), strict=True))
+
+
+def _draw_each(draw: Callable, keys: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """draw(key, shape) of every key; equal shapes in one kernel, which takes half a second to compile."""
+    out: dict[int, Array] = {}
+    for shape in dict.fromkeys(shapes):
+        at = [i for i, other in enumerate(shapes) if other == shape]
+        drawn = jax.vmap(lambda key, shape=shape: draw(key, shape))(keys[np.array(at)])
+        out |= zip(at, jax.lax.optimization_barrier(drawn), strict=True)  # or every slice becomes a kernel that draws
+    return [out[i] for i in range(len(shapes))]
 
 
 def train_biases(decoder: Decoder, bias: str) -> None:
@@ -117,6 +133,18 @@ def save_modules(decoder: Decoder, modules: Sequence[str]) -> None:
         module = getattr(decoder, name)
         # A copy even when it is float32 already: the trainer donates what it trains, and must not free the base.
         module.weight = nnx.Param(jnp.array(module.weight.get_value(), jnp.float32, copy=True))
+
+
+def forget_adapters(decoder: Decoder) -> None:
+    """Take away what `add_lora` and `train_biases` attached, so that another adapter can be; in place."""
+    for segment in decoder.segments:
+        for place in segment:
+            for _, linear in layer_linears(place):
+                if linear.bias is None and linear.trained_bias is not None:  # the base's own values are gone
+                    linear.bias = Frozen(linear.trained_bias.get_value())
+                linear.lora_A = linear.lora_B = linear.trained_bias = None
+                linear.adapted_rows = linear.trained_bias_rows = None
+                linear.scaling, linear.dropout = 1.0, 0.0
 
 
 def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:

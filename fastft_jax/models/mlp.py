@@ -4,7 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import RMSNorm, project_glu, project_normed
+from fastft_jax.models.layers import RMSNorm, project_fp8_mlp, project_glu, project_normed, runs_in_fp8
 from fastft_jax.models.residuals import Keep
 
 
@@ -22,5 +22,8 @@ class GatedMLP(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """The output, and x for the residual connection."""
         drop = (None,) * 3 if keys is None else keys
-        gate_up, x = project_normed(norm, (self.gate_proj, self.up_proj), x, keep, drop[:2])
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        if runs_in_fp8(linears, x, drop):
+            return project_fp8_mlp(norm, linears, x, keep)
+        gate_up, x = project_normed(norm, linears[:2], x, keep, drop[:2])
         return project_glu(self.down_proj, keep.slot("gate_up", gate_up), keep, drop[2]), x

@@ -6,8 +6,12 @@ backend modules.
 """
 
 import functools
+import importlib.util
+import sys
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -20,17 +24,38 @@ ds = pl.ds
 cdiv = pl.cdiv
 load = backend.load
 store = backend.store
+inline_asm = backend.elementwise_inline_asm  # neither can be interpreted: keep a branch without
+barrier = backend.debug_barrier
+
+
+_only_references = jax.make_user_context(False)  # jax traces a function again where it differs
 
 
 def on_gpu() -> bool:
-    """Whether JAX's default device is a GPU."""
-    return jax.default_backend() == "gpu"
+    """Whether kernels are the default: JAX's default device is a GPU, and nothing asked for `references`."""
+    return jax.default_backend() == "gpu" and not _only_references.value
+
+
+def references() -> AbstractContextManager[None]:
+    """While it lasts, every op that is free to choose takes its plain XLA reference, on a GPU, too."""
+    return _only_references(True)
+
+
+def only_references() -> bool:
+    """Whether `references` is in force."""
+    return _only_references.value
 
 
 @functools.cache
-def _silence_deprecation() -> None:
-    """Pallas warns at every lowering that this backend will go; the move is known and contained in this file."""
+def _prepare_lowering() -> None:
+    """Once a process: no warning at every lowering that this backend will go (the move is known and contained in this
+    file), and no search for a module at every Triton operation."""
     warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
+    # MLIR's Python bindings look for the module of an operation's dialect until there is one. jaxlib has none for
+    # Triton: 14,000 failed imports, half of the time that lowering a training step takes.
+    name = "jaxlib.mlir.dialects.tt"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = types.ModuleType(name)
 
 
 def call(
@@ -53,7 +78,7 @@ def call(
     GPU on a machine that has none. `input_output_aliases` maps an input's index to the output written in its place.
     Gradients: wrap the op in `jax.custom_vjp`, a gridded call has no derivative.
     """
-    _silence_deprecation()
+    _prepare_lowering()
     return pl.pallas_call(
         kernel,
         name=name,

@@ -10,10 +10,13 @@ Source: FP8 Formats for Deep Learning (arXiv 2209.05433).
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fastft_jax.pallas_kernels import fp8, nf4
+from fastft_jax.pallas_kernels import fp8, nf4, pallas
+from fastft_jax.pallas_kernels.fp8 import Scaled
+from fastft_jax.pallas_kernels.quantised_matmul import MAX_ROWS
 from fastft_jax.quant.nf4 import BLOCK, NF4Array, dequantize
 
 DTYPE = fp8.DTYPES["e4m3"]
@@ -25,10 +28,30 @@ def chosen(weights: Sequence[Array | NF4Array]) -> bool:
     return all(isinstance(w, NF4Array) and w.compute == "fp8" for w in weights)
 
 
+def takes(rows: int, weights: Sequence[Array | NF4Array]) -> bool:
+    """Whether so many rows are quantised for this product: a GPU multiplies a few by the NF4 codes as they are."""
+    return chosen(weights) and not (pallas.on_gpu() and rows <= MAX_ROWS)
+
+
 def product(
     x: Float[Array, "M any"], weights: Sequence[NF4Array], low_rank: LowRank | None = None
 ) -> Float[Array, "M N"]:
     """x [W_1; ..; W_G]^T + h b^T, of x's first K columns, in x.dtype; low_rank: h [M, R] and b [N, R]."""
+    x8, scale = fp8.quantise_rows(x, columns=weights[0].shape[1])
+    return finished(product_of_rows(x8, scale, weights, x.dtype), low_rank, x.dtype)
+
+
+def gradient(
+    dy: Float[Array, "M N"], weights: Sequence[NF4Array], low_rank: LowRank | None = None
+) -> Float[Array, "M K"]:
+    """dY [W_1; ..; W_G] + h b^T, in dY.dtype; low_rank: h [M, R] and b [K, R]."""
+    return finished(scaled_gradient(dy, weights), low_rank, dy.dtype)
+
+
+def product_of_rows(
+    x8: Float[Array, "M K"], row_scales: Float[Array, "M"], weights: Sequence[NF4Array], dtype: jax.typing.DTypeLike
+) -> Scaled:
+    """The product of rows that are in e4m3 already, as sums and scales: for who finishes it on the way."""
     n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
     scale, factor = _scales(weights)
     if _by_kernel(weights):
@@ -38,13 +61,11 @@ def product(
             row += w.shape[0]
     else:
         w8 = jnp.concatenate([dequantize(w, DTYPE, factor) for w in weights])
-    return _scaled_product(x, k, w8, scale, low_rank)
+    return Scaled(_sums(x8, w8, dtype), row_scales * scale)
 
 
-def gradient(
-    dy: Float[Array, "M N"], weights: Sequence[NF4Array], low_rank: LowRank | None = None
-) -> Float[Array, "M K"]:
-    """dY [W_1; ..; W_G] + h b^T, in dY.dtype; low_rank: h [M, R] and b [K, R]."""
+def scaled_gradient(dy: Float[Array, "M N"], weights: Sequence[NF4Array]) -> Scaled:
+    """dY [W_1; ..; W_G] as sums and scales."""
     n = sum(w.shape[0] for w in weights)
     scale, factor = _scales(weights)
     if _by_kernel(weights):
@@ -55,17 +76,20 @@ def gradient(
             column += w.shape[0]
     else:
         w8 = jnp.concatenate([dequantize(w, DTYPE, factor) for w in weights]).T
-    return _scaled_product(dy, n, w8, scale, low_rank)
+    dy8, row_scales = fp8.quantise_rows(dy)
+    return Scaled(_sums(dy8, w8, dy.dtype), row_scales * scale)
 
 
-def _scaled_product(x, columns: int, w8, scale, low_rank: LowRank | None):
-    x8, row_scales = fp8.quantise_rows(x, columns=columns)
-    # A float32 result would cost as many bytes again; float16 does not reach to 448**2 K.
-    sums = fp8.matmul(x8, w8, jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)
-    row_scales = row_scales * scale
+def finished(product: Scaled, low_rank: LowRank | None, dtype: jax.typing.DTypeLike) -> Float[Array, "M N"]:
+    """sums * scale + h b^T in `dtype`, that of h and b."""
     if low_rank is None:
-        return (sums.astype(jnp.float32) * row_scales[:, None]).astype(x.dtype)
-    return fp8.rescale_add(sums, row_scales, *low_rank)
+        return (product.sums.astype(jnp.float32) * product.scale[:, None]).astype(dtype)
+    return fp8.rescale_add(product.sums, product.scale, *low_rank)
+
+
+def _sums(x8, w8, dtype):
+    # A float32 result would cost as many bytes again; float16 does not reach to 448**2 K.
+    return fp8.matmul(x8, w8, jnp.float32 if dtype == jnp.float32 else jnp.bfloat16)
 
 
 def _scales(weights: Sequence[NF4Array]) -> tuple[Float[Array, ""], Float[Array, ""]]:

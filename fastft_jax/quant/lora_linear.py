@@ -93,7 +93,7 @@ def _backward(scalings, residuals, dy):
     if inputs is not None:
         d_inputs = tuple(
             jnp.zeros_like(u) if p.a is None else contract(dh[:, at], p.a.astype(dy.dtype), 1, 0, dy.dtype)
-            for u, p, at in zip(inputs, projections, _rank_slices(projections), strict=True)
+            for u, p, at in zip(inputs, projections, rank_slices(projections), strict=True)
         )
     return dx, d_inputs, None, adapter_gradients(x, h, dh, dy, projections, scalings, inputs)
 
@@ -107,7 +107,7 @@ def inner_product(
     """h = [x A_1^T, .., x A_G^T], zeros in the rest of the room; from x, wide or not, or from each one's own input."""
     room, dtype = room_of(projections), x.dtype
     if inputs is None:  # a wide x is read as it is, against zeros: the narrow one need not exist
-        a = _below_each_other(projections, dtype)
+        a = below_each_other(projections, dtype)
         return contract(x, jnp.pad(a, ((0, 0), (0, x.shape[1] - a.shape[1]))), 1, 1, dtype)
     each = [
         contract(u, p.a.astype(dtype), 1, 1, dtype) for u, p in zip(inputs, projections, strict=True) if p.a is not None
@@ -125,9 +125,9 @@ def wide_product(
     weights = [p.weight for p in projections]
     few = few_row_product(wide[:, : weights[0].shape[1]], weights)
     if few is not None:
-        return few if h is None else few + contract(h, _block_diagonal(projections, scalings, h.dtype), 1, 1, h.dtype)
+        return few if h is None else few + contract(h, block_diagonal(projections, scalings, h.dtype), 1, 1, h.dtype)
     if fp8.chosen(weights):
-        low_rank = None if h is None else (h, _block_diagonal(projections, scalings, wide.dtype))
+        low_rank = None if h is None else (h, block_diagonal(projections, scalings, wide.dtype))
         return fp8.product(wide, weights, low_rank)
     if h is None:
         return contract(wide, _stacked_rows(projections, wide.dtype), 1, 1, wide.dtype)
@@ -135,11 +135,11 @@ def wide_product(
         x = wide[:, : weights[0].shape[1]]
         ones = [1.0] * len(projections)
         low_rank = contract(
-            h * _each_scaling(projections, scalings), _block_diagonal(projections, ones, h.dtype), 1, 1, h.dtype
+            h * _each_scaling(projections, scalings), block_diagonal(projections, ones, h.dtype), 1, 1, h.dtype
         )
         return contract(x, _stacked_rows(projections, x.dtype), 1, 1, x.dtype) + low_rank
     wide = lax.dynamic_update_slice(wide, h, (0, wide.shape[1] - h.shape[1]))
-    b = _block_diagonal(projections, scalings, wide.dtype)
+    b = block_diagonal(projections, scalings, wide.dtype)
     return contract(wide, _with_columns(projections, b, wide.dtype), 1, 1, wide.dtype)
 
 
@@ -152,8 +152,8 @@ def input_gradient(
     if not room_of(projections):
         dx = fp8.gradient(dy, weights) if in_fp8 else contract(dy, _stacked_rows(projections, dtype), 1, 0, dtype)
         return dx, None
-    a = _below_each_other(projections, dtype)
-    dh = contract(dy, _block_diagonal(projections, scalings, dtype), 1, 0, dtype)
+    a = below_each_other(projections, dtype)
+    dh = contract(dy, block_diagonal(projections, scalings, dtype), 1, 0, dtype)
     if in_fp8:
         return fp8.gradient(dy, weights, (dh, a.T) if through_adapters else None), dh
     if through_adapters and dy.shape[1] <= a.shape[1]:
@@ -178,7 +178,7 @@ def adapter_gradients(
     da = None if inputs is not None else contract(dh, x, 0, 0, jnp.float32)
     db = contract(dy, h, 0, 0, jnp.float32)
     out, first = [], 0
-    for i, (p, s, at) in enumerate(zip(projections, scalings, _rank_slices(projections), strict=True)):
+    for i, (p, s, at) in enumerate(zip(projections, scalings, rank_slices(projections), strict=True)):
         n = p.weight.shape[0]
         if p.a is None:
             out.append(Projection(None))
@@ -199,7 +199,7 @@ def room_of(projections: Sequence[Projection]) -> int:
     return -(-_rank(projections) // BLOCK) * BLOCK
 
 
-def _rank_slices(projections: Sequence[Projection]) -> list[slice]:
+def rank_slices(projections: Sequence[Projection]) -> list[slice]:
     slices, first = [], 0
     for p in projections:
         last = first + (0 if p.a is None else p.a.shape[0])
@@ -211,7 +211,7 @@ def _rank_slices(projections: Sequence[Projection]) -> list[slice]:
 def _each_scaling(projections, scalings) -> np.ndarray:
     """The scaling of each column of the room."""
     row = np.zeros(room_of(projections), np.float32)
-    for at, s in zip(_rank_slices(projections), scalings, strict=True):
+    for at, s in zip(rank_slices(projections), scalings, strict=True):
         row[at] = s
     return row
 
@@ -220,20 +220,20 @@ def _widened(x: Float[Array, "M K"], room: int) -> Float[Array, "M K+room"]:
     return jnp.pad(x, ((0, 0), (0, room)))
 
 
-def _below_each_other(projections, dtype) -> Float[Array, "room K"]:
+def below_each_other(projections, dtype) -> Float[Array, "room K"]:
     """All A; zeros fill the room."""
     a = jnp.concatenate([p.a.astype(dtype) for p in projections if p.a is not None])
     return jnp.pad(a, ((0, room_of(projections) - a.shape[0]), (0, 0)))
 
 
-def _block_diagonal(projections, scalings, dtype) -> Float[Array, "N room"]:
+def block_diagonal(projections, scalings, dtype) -> Float[Array, "N room"]:
     """All s_i B_i."""
     room = room_of(projections)
     blocks = [
         jnp.zeros((p.weight.shape[0], room), dtype)
         if p.a is None
         else jnp.pad((p.b * s).astype(dtype), ((0, 0), (at.start, room - at.stop)))
-        for p, s, at in zip(projections, scalings, _rank_slices(projections), strict=True)
+        for p, s, at in zip(projections, scalings, rank_slices(projections), strict=True)
     ]
     return jnp.concatenate(blocks)
 

@@ -13,10 +13,13 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
+from fastft_jax.pallas_kernels.fp8 import rms_norm_rows
 from fastft_jax.pallas_kernels.rms_norm import rms_norm, rms_norm_backward
+from fastft_jax.quant import fp8
 from fastft_jax.quant.lora_linear import (
     Projection,
     adapter_gradients,
+    block_diagonal,
     inner_product,
     input_gradient,
     room_of,
@@ -47,18 +50,30 @@ def norm_linear(
     h, room = None, room_of(projections)
     if room:
         frozen_x, frozen = lax.stop_gradient((rows, projections))
-        h = keep("lora_h", inner_product(_normed(frozen_x, weight, norm, room), frozen))
+        h = keep("lora_h", inner_product(_normed(frozen_x, weight, norm, frozen)[0], frozen))
     y, rows = _norm_linear(rows, weight, h, projections, norm, tuple(scalings))
     return y.reshape(*x.shape[:-1], y.shape[-1]), rows.reshape(x.shape)
 
 
-def _normed(x, weight, norm: Norm, room: int) -> Float[Array, "M D+room"]:
-    return rms_norm(x, weight, eps=norm.eps, plus_one=norm.plus_one, room=room)
+def _normed(
+    x, weight, norm: Norm, projections
+) -> tuple[Float[Array, "M D+room"], tuple[Float[Array, "M D"], Float[Array, "M"]] | None]:
+    """The norm's result with room for the adapters; its rows in e4m3 and their scales where the product is in fp8."""
+    options = dict(eps=norm.eps, plus_one=norm.plus_one, room=room_of(projections))
+    if not fp8.takes(x.shape[0], [p.weight for p in projections]):
+        return rms_norm(x, weight, **options), None
+    wide, *rows8 = rms_norm_rows(x, weight, **options)
+    return wide, tuple(rows8)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _norm_linear(x, weight, h, projections, norm, scalings):
-    return wide_product(_normed(x, weight, norm, room_of(projections)), h, projections, scalings), x
+    wide, rows8 = _normed(x, weight, norm, projections)
+    if rows8 is None:
+        return wide_product(wide, h, projections, scalings), x
+    low_rank = None if h is None else (h, block_diagonal(projections, scalings, x.dtype))
+    product = fp8.product_of_rows(*rows8, [p.weight for p in projections], x.dtype)
+    return fp8.finished(product, low_rank, x.dtype), x
 
 
 def _forward(x, weight, h, projections, norm, scalings):
@@ -69,7 +84,8 @@ def _backward(norm, scalings, residuals, cotangents):
     x, weight, h, projections = residuals
     dy, d_residual = cotangents
     d_normed, dh = input_gradient(dy, projections, scalings)
-    gradients = adapter_gradients(_normed(x, weight, norm, 0), h, dh, dy, projections, scalings)
+    normed = rms_norm(x, weight, eps=norm.eps, plus_one=norm.plus_one)
+    gradients = adapter_gradients(normed, h, dh, dy, projections, scalings)
     dx = rms_norm_backward(d_normed, x, weight, eps=norm.eps, plus_one=norm.plus_one, d_residual=d_residual)
     return dx, None, None, gradients
 

@@ -36,17 +36,19 @@ def compile_step(
     return compile_fitting(make, options.policy, limit)
 
 
-def compiler_options(policy: str | Policy, platform: str, cuda_graphs: bool = True) -> dict[str, str | bool]:
+def compiler_options(policy: str | Policy, platform: str, cuda_graphs: bool = True) -> dict[str, str | bool | int]:
     """XLA's options for a step under a remat policy.
 
     Every product is cuBLAS's: no Triton candidates are compiled to be tried (the 8B step compiles in 4 to 8 s instead
     of 13), and XLA can let a product write into the buffer of kept values itself, which it can only while that product
-    is a library call (benchmarks/xla_options.jsonl). Copies to and from the host stay out of CUDA graphs: inside one
-    they run in line with the kernels, outside on streams of their own; 667 ms a step of an 8B at 2 x 4096 against 712.
+    is a library call. The ways to compute a product are timed, but their results not compared (level 3), which would
+    take another copy of the logits: more than a lean step itself. Copies to and from the host stay out of CUDA graphs:
+    inside one they run in line with the kernels, outside on streams of their own; 667 ms a step of an 8B at 2 x 4096
+    against 712.
     """
     if platform != "gpu":
         return {}
-    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+    options: dict[str, str | bool | int] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 3}
     if not cuda_graphs:
         options["xla_gpu_enable_command_buffer"] = ""
     elif "offload" in table_of(policy).values():

@@ -112,7 +112,8 @@ class Loop:
         """Optimizer steps first + 1 .. total_steps. SIGTERM and SIGINT save a checkpoint and end the run early."""
         args = self.args
         step_fn = self._compile(reporter)
-        key = jax.random.key(args.seed)
+        # all at once, and now: computed when it is reported, a rate would wait behind the step that is queued by then
+        rates = np.asarray(jax.jit(jax.vmap(self.schedule))(np.arange(self.total_steps, dtype=np.int32)))
         window = _Window()
         pending: tuple[int, dict, Future] | None = None
         loss, saved = math.nan, first
@@ -122,19 +123,19 @@ class Loop:
             for index in range(first, self.total_steps):
                 batch = self.train_source.batch(*divmod(index, self.steps_per_epoch))
                 self.trainable, self.opt_state, metrics = step_fn(
-                    self.trainable, self.opt_state, self._frozen, self._device_batch(batch), self._key(key, index)
+                    self.trainable, self.opt_state, self._frozen, self._device_batch(batch), self._key(index)
                 )
                 for value in metrics.values():
                     value.copy_to_host_async()  # queued now, or it would wait behind the next step
                 if pending is not None:
-                    loss = self._finish(*pending, window, reporter)
+                    loss = self._finish(*pending, rates, window, reporter)
                 pending = (index + 1, batch, reader.submit(_read, metrics))
                 step, last_of_epoch = index + 1, (index + 1) % self.steps_per_epoch == 0
                 stopping = stop.is_set()  # asked once: a signal from here on is the next step's to save
                 saving = args.saves_at(step, last_of_epoch=last_of_epoch) or stopping
                 evaluating = self.eval_source is not None and args.evaluates_at(step, last_of_epoch=last_of_epoch)
                 if saving or evaluating or step == self.total_steps:
-                    loss, pending = self._finish(*pending, window, reporter), None
+                    loss, pending = self._finish(*pending, rates, window, reporter), None
                 with window.paused():
                     if evaluating:
                         self._evaluate_and_report(step, reporter)
@@ -185,7 +186,7 @@ class Loop:
     def _compile(self, reporter: Reporter) -> Callable:
         """Compile the one step of the run ahead of time: it cannot be compiled again by accident."""
         batch = self._device_batch(self.train_source.batch(0, 0))
-        arguments = (self.trainable, self.opt_state, self._frozen, batch, self._key(jax.random.key(0), 0))
+        arguments = (self.trainable, self.opt_state, self._frozen, batch, self._key(0))
 
         reporter.say(self._kernels())
         start = time.perf_counter()
@@ -228,12 +229,17 @@ class Loop:
     def _device_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """[k B, T] host rows -> [k, B, T] device arrays."""
         shape = (self.micro_batches, -1, self.train_source.width)
-        return {name: jnp.asarray(batch[name].reshape(shape)) for name in ARRAYS}
+        return {name: jax.device_put(batch[name].reshape(shape)) for name in ARRAYS}
 
-    def _key(self, key: jax.Array, index: int) -> jax.Array | None:
-        return jax.random.fold_in(key, index) if self.model.peft_config["lora_dropout"] else None
+    def _key(self, index: int) -> jax.Array | None:
+        """Of the dropout in a step; nothing is compiled for it where there is none."""
+        if not self.model.peft_config["lora_dropout"]:
+            return None
+        return jax.random.fold_in(jax.random.key(self.args.seed), index)
 
-    def _finish(self, step: int, batch: dict, numbers: Future, window: "_Window", reporter: Reporter) -> float:
+    def _finish(
+        self, step: int, batch: dict, numbers: Future, rates: np.ndarray, window: "_Window", reporter: Reporter
+    ) -> float:
         """Wait for a step's numbers, report them when due, and stop the run if they are not finite."""
         metrics, done = numbers.result()
         if not metrics["finite"]:
@@ -244,7 +250,7 @@ class Loop:
             reporter.step(
                 step,
                 epoch=step / self.steps_per_epoch,
-                learning_rate=float(self.schedule(step - 1)),
+                learning_rate=float(rates[step - 1]),
                 grad_norm=metrics["grad_norm"],
                 **window.take(done),
             )

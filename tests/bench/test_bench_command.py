@@ -14,6 +14,7 @@ from fastft_jax.bench.__main__ import main
 from fastft_jax.bench.profile import Speeds
 from fastft_jax.bench.trace import read_events
 from fastft_jax.pallas_kernels.case import Case
+from fastft_jax.trainers.compile import compiler_options
 
 
 @pytest.fixture
@@ -45,6 +46,10 @@ def test_a_sweep_prints_a_line_and_records_a_line_a_run_with_its_profile(config,
         classes = row["profile"]["classes"]
         assert {"GEMM", "attention", "norm/rope/glu", "loss", "optimizer"} <= classes.keys()
         assert all(entry["bound"] is None for entry in classes.values())  # a CPU's speeds are not known
+    phases = ["imports", "device", "weights", "adapter", "state", "trace", "compile", "first_step"]
+    assert list(rows[0]["start_seconds"]) == phases and "start_seconds" not in rows[1]
+    assert sum(rows[0]["start_seconds"].values()) == pytest.approx(rows[0]["start_to_first_step_seconds"], abs=0.1)
+    assert rows[0]["start_programs"]["count"] <= 12 and "start, s: imports" in printed
     assert rows[0]["start_to_first_step_seconds"] > 0 and rows[1]["start_to_first_step_seconds"] is None
     assert read_events(traces / "none-2x64") and read_events(traces / "full-2x64")
 
@@ -57,6 +62,8 @@ def test_help_is_quick_and_wrong_options_are_one_line(config, tmp_path, capsys):
     small = ["--config", config, "--seq", "8", "--r", "4"]
     for wrong, said in (
         (["--policy", "sometimes"], "sometimes"),
+        (["--policy", '{"queries": "save"}'], "queries"),
+        (["--policy", "{q: save"], "JSON"),
         (["--compute-dtype", "int3"], "compute"),
         (["--dtype", "int8"], "--dtype"),
         (["--config", str(tmp_path / "none.json")], "none.json"),
@@ -106,6 +113,22 @@ NUMBERS = {
     "program_bytes": 33 * 2**30,
     "compile_seconds": 8.2,
 }
+
+
+def test_a_second_process_finds_all_it_compiles_on_disk(config, tmp_path):
+    options = ["--config", config, "--seq", "8", "--r", "4", "--steps", "1", "--warmup", "1", "--policy", "full"]
+    options += ["--optim", "sgd", "--compile-cache", str(tmp_path / "xla"), "--out", str(tmp_path / "runs.jsonl")]
+    for _ in range(2):
+        subprocess.run([sys.executable, "-m", "fastft_jax.bench", *options], check=True, capture_output=True)
+    first, second = (json.loads(row)["start_programs"] for row in (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert first["from_cache"] == 0 and first["count"] == second["count"] == second["from_cache"]
+
+
+def test_a_profile_is_taken_without_cuda_graphs():
+    for policy in ("offload", "none"):
+        with_graphs, without = (compiler_options(policy, "gpu", cuda_graphs=on) for on in (True, False))
+        assert without == with_graphs | {"xla_gpu_enable_command_buffer": ""}
+    assert compiler_options("none", "cpu", cuda_graphs=False) == {}
 
 
 def test_a_line_shows_what_is_known():

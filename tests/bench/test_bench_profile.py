@@ -38,6 +38,8 @@ BODY = "jit(step)/transpose(jvp())/while/body/checkpoint/"
         ("optimizer", "loop_select_fusion", "", "jit(step)/vmap()/select_n", "quant/blockwise.py:quantize"),
         ("optimizer", "input_reduce_fusion_21", "", "jit(step)/reduce_sum", "optax/tree_utils/_tree_math.py:tree_sum"),
         ("optimizer", "adamw_8bit", "pallas_call.2", "jit(step)/adamw_8bit/pallas_call", ""),
+        ("norm/rope/glu", "fp8_silu_glu_backward", "", "", "pallas_kernels/fp8/glu.py:rescale_glu_backward"),
+        ("norm/rope/glu", "fp8_rms_norm_3", "", "", ""),
         ("norm/rope/glu", "rms_norm_forward", "pallas_call.8", "jit(step)/rms_norm_forward/pallas_call", ""),
         ("norm/rope/glu", "add_rms_norm_backward", "", "", ""),
         ("norm/rope/glu", "rope_qkv", "", "", ""),
@@ -109,6 +111,15 @@ def test_narrow_products_are_loras_and_unknown_cards_have_no_bound():
     rows = {row.name: row for row in summarise(events, 1, program=program, lora_width=64).rows}
     assert {name: row.milliseconds for name, row in rows.items()} == {"LoRA": 1, "GEMM": 1}
     assert rows["GEMM"].bound is None and rows["GEMM"].sustained is None
+
+
+def test_of_an_instructions_kernels_the_longest_has_its_work():
+    program, speeds = Program(TEXT), Speeds(peak=1e12)
+    product = Event("nvjet_2", "cublas-gemm.5", "", 0, 3 * MS)
+    alone, *_ = summarise([product], 1, program=program, speeds=speeds).rows
+    both = summarise([product, Event("Memset", "cublas-gemm.5", "", 3 * MS, MS)], 1, program=program, speeds=speeds)
+    rows = {row.name: row for row in both.rows}
+    assert rows["GEMM"].bound == alone.bound > 0 and rows["copies"].milliseconds == 1
 
 
 def test_a_floor_stands_in_where_kernels_do_not_tell_their_work():

@@ -9,8 +9,10 @@ from flax import nnx
 from fastft_jax.bench.geometries import GEOMETRIES
 from fastft_jax.bench.measure import Bench, Workload, attention_flops
 from fastft_jax.bench.random_model import random_model, random_weights
+from fastft_jax.bench.random_values import SCALE, normal
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.families.registry import config_from_hf
+from fastft_jax.pallas_kernels.nf4 import NF4_CODE, dynamic_map
 from fastft_jax.quant.nf4 import NF4Array, dequantize
 from fastft_jax.trainers.flops import useful_flops
 from fastft_jax.trainers.loop import Loop
@@ -66,7 +68,7 @@ def test_losses_and_memory_are_those_of_the_training_loop(packed, tmp_path, xla_
     assert first["program_bytes"] == loop.program_bytes()
 
 
-def test_random_weights_are_quantised_a_layer_at_a_time_and_differ():
+def test_random_weights_are_nf4_and_differ_from_layer_to_layer_and_place_to_place():
     load = random_weights(jnp.float32)
     stacked = load("mlp.up_proj.weight", (64, 64), (0, 1))
     assert isinstance(stacked, NF4Array) and stacked.codes.shape == (2, 64, 32) and stacked.shape == (64, 64)
@@ -80,6 +82,38 @@ def test_random_weights_are_quantised_a_layer_at_a_time_and_differ():
     assert (np.asarray(load("input_layernorm.weight", (64,), (0, 1))) == 1).all()
     embedding = load("embed_tokens.weight", (160, 64), None)
     assert embedding.shape == (160, 64) and embedding.dtype == jnp.float32
+    assert abs(float(embedding.std()) - 0.02) < 0.001
+    bias = load("self_attn.q_proj.bias", (64,), (0, 1))
+    assert bias.shape == (2, 64) and not np.array_equal(bias[0], bias[1])
+
+
+def test_drawn_nf4_looks_as_quantised_normals_do():
+    blocks = np.random.default_rng(0).normal(0, 0.02, (16384, 64))
+    absmax = np.abs(blocks).max(axis=1)
+    codes = np.searchsorted((NF4_CODE[:-1] + NF4_CODE[1:]) / 2, blocks / absmax[:, None])
+    drawn = random_weights(jnp.float32)("mlp.up_proj.weight", (256, 4096), (0,))
+    drawn = jax.tree.map(lambda leaf: np.asarray(leaf[0]), drawn)
+    assert (drawn.codes.shape, drawn.absmax.shape, drawn.absmax_scale.shape) == ((16384, 32), (16384,), (64,))
+    drawn_codes = np.concatenate([drawn.codes >> 4, drawn.codes & 15], axis=1)
+    histograms = [np.bincount(x.ravel(), minlength=16) / x.size for x in (drawn_codes, codes)]
+    np.testing.assert_allclose(*histograms, rtol=0.05)
+    drawn_absmax = dynamic_map()[drawn.absmax] * drawn.absmax_scale[0] + drawn.absmax_offset
+    quantiles = [np.percentile(x, [5, 25, 50, 75, 95]) for x in (drawn_absmax, absmax)]
+    np.testing.assert_allclose(*quantiles, rtol=0.05)
+    decoded = NF4_CODE[drawn_codes] * drawn_absmax[:, None]
+    assert decoded.std() == pytest.approx(0.02, rel=0.01) and abs(decoded.mean()) < 1e-4
+    assert abs(np.corrcoef(decoded[:-1].ravel(), decoded[1:].ravel())[0, 1]) < 0.01
+
+
+def test_drawn_normals_are_normal():
+    x = np.asarray(normal(np.array([1, 2], np.uint32), (2, 1 << 17), jnp.float32)).astype(np.float64) / SCALE
+    assert (
+        np.isfinite(x).all()
+        and abs(np.corrcoef(*x)[0, 1]) < 0.01
+        and abs(np.corrcoef(x[0, 1:], x[0, :-1])[0, 1]) < 0.01
+    )
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        assert np.mean(x**power) == pytest.approx(moment, abs=0.01 * (power + 1) * max(1, moment))
 
 
 def test_the_adapter_is_on_every_linear_and_leaves_the_device_with_the_bench():

@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastft_jax.models.residuals import Keep
 from fastft_jax.pallas_kernels import fp8, nf4
 from fastft_jax.pallas_kernels.attention import current_device
 from fastft_jax.pallas_kernels.nf4.cases import CASES as NF4_CASES
+from fastft_jax.pallas_kernels.rms_norm import rms_norm
+from fastft_jax.quant.fp8_mlp import fp8_mlp
+from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.lora_linear import Projection, lora_linear
 from fastft_jax.quant.nf4 import dequantize, quantize
+from fastft_jax.quant.norm_linear import Norm, norm_linear
 
 pytestmark = pytest.mark.gpu
 E4M3 = jnp.float8_e4m3fn
@@ -96,6 +101,76 @@ def test_rescaling_and_a_low_rank_product_equal_float64(m, n, r):
     exact = float64(sums) * float64(scale)[:, None] + float64(h) @ float64(b).T
     y = jax.jit(lambda *a: fp8.rescale_add(*a, implementation="triton"))(sums, scale, h, b)
     assert relative(y, exact) < 2.5e-3  # one rounding to bfloat16: 1.7e-3
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("m, f, r", [(37, 192, 0), (333, 3584, 32), (512, 1000, 48)])
+def test_glu_between_products_equals_the_reference_from_a_stack(m, f, r, activation):
+    room, keys = -(-2 * r // 64) * 64, jax.random.split(jax.random.key(0), 8)
+    normal = lambda i, *shape: jax.random.normal(keys[i], shape, jnp.bfloat16)  # noqa: E731
+    scales = jnp.abs(jax.random.normal(keys[7], (2, m), jnp.float32)) / 300
+    gate_up, d_act = fp8.Scaled(300 * normal(0, 3, m, 2 * f), scales[0]), fp8.Scaled(300 * normal(1, m, f), scales[1])
+    ranks = None
+    if r:
+        b = normal(3, 2 * f, room).at[:f, r:].set(0).at[f:, :r].set(0).at[:, 2 * r :].set(0)
+        gate_up = gate_up._replace(h=normal(2, m, room), b=b)
+        d_act = d_act._replace(h=normal(4, m, 64), b=normal(5, f, 64).at[:, r:].set(0))
+        ranks = ((0, r), (r, 2 * r), (0, r))
+
+    def run(implementation):
+        options = dict(dtype=jnp.bfloat16, activation=activation, implementation=implementation)
+
+        def both(gate_up, d_act, index):
+            act = fp8.rescale_glu(gate_up, ranks=ranks and ranks[:2], index=index, **options)
+            return act, *fp8.rescale_glu_backward(gate_up, d_act, ranks=ranks, index=index, **options)
+
+        return jax.jit(both)(gate_up, d_act, jnp.int32(2))
+
+    kernel, plain = run("triton"), run("xla")
+    assert np.array_equal(float64(kernel[0]), float64(kernel[2]))
+    for a, b in zip(kernel, plain, strict=True):
+        # the reference is one fusion and may leave out roundings to bfloat16 on the way: 1.7e-3 each
+        assert relative(a, float64(b)) < 6e-3
+
+
+@pytest.mark.parametrize("m, d, room", [(37, 3584, 64), (333, 4096, 0), (64, 16384, 64)])
+def test_a_norm_gives_its_rows_in_8_bits_as_well(m, d, room):
+    x = jax.random.normal(jax.random.key(0), (m, d), jnp.bfloat16)
+    weight = 1 + jax.random.normal(jax.random.key(1), (d,), jnp.bfloat16) / 8
+    norm = dict(eps=1e-5, room=room, implementation="triton")
+    y, y8, scale = jax.jit(lambda x, w: fp8.rms_norm_rows(x, w, **norm))(x, weight)
+    plain = float64(jax.jit(lambda x, w: rms_norm(x, w, **norm))(x, weight))
+    np.testing.assert_allclose(float64(y), plain, rtol=2.0**-7)  # two kernels may sum in another order: an ulp
+    expected8, expected = jax.jit(lambda y: fp8.quantise_rows(y, columns=d, implementation="triton"))(y)
+    np.testing.assert_allclose(scale, expected, rtol=1e-6)
+    assert relative(y8, float64(expected8)) < 2e-3  # a GPU divides to 2 ulp, as above
+
+
+def test_a_feed_forward_layer_as_one_op_is_close_to_its_halves():
+    d, f, m, scalings = 512, 1536, 333, (1.0, 0.5, 0.7)
+    members = []
+    for i, (n, k) in enumerate(((f, d), (f, d), (d, f))):
+        w = dataclasses.replace(quantize(jax.random.normal(jax.random.key(i), (n, k)) / k**0.5), compute="fp8")
+        a = jax.random.normal(jax.random.key(10 + i), (8, k)) / k**0.5
+        members.append(Projection(w, a, 0.3 * jax.random.normal(jax.random.key(20 + i), (n, 8))))
+    x, dy, d_residual = (jax.random.normal(jax.random.key(30 + i), (m, d), jnp.bfloat16) for i in range(3))
+    weight, norm = jnp.ones(d, jnp.bfloat16), Norm(1e-5)
+
+    def halves(x, members):
+        gate_up, x = norm_linear(x, weight, norm, members[:2], scalings[:2])
+        return glu_linear(gate_up, members[2], scalings[2]), x
+
+    def run(f):
+        def both(x, pairs, cotangents):
+            here = lambda x, pairs: f(x, [Projection(p.weight, *ab) for p, ab in zip(members, pairs, strict=True)])  # noqa: E731
+            y, pull = jax.vjp(here, x, pairs)
+            return y, pull(cotangents)
+
+        return jax.tree.leaves(jax.jit(both)(x, [(p.a, p.b) for p in members], (dy, d_residual)))
+
+    one, apart = run(lambda x, p: fp8_mlp(x, weight, norm, p, scalings, Keep())), run(halves)
+    for a, b in zip(one, apart, strict=True):
+        assert relative(a, float64(b)) < 0.03  # a bfloat16 that rounds otherwise moves few e4m3 values, each by 9%
 
 
 def test_a_linear_and_its_gradients_are_close_to_bfloat16():

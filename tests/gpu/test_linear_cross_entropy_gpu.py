@@ -43,7 +43,8 @@ def test_kernel_equals_the_formula_in_float64(terms, vocab):
         gradient *= terms.logit_scale * (1 - t * t)
         gradient[5] = 0
         trained = labels != -100
-        np.testing.assert_allclose(ours.loss[trained], loss[trained], rtol=1e-5)
+        # log-sum-exp minus a logit: where the label has nearly all of the mass, float32's ulp of the two is left
+        np.testing.assert_allclose(ours.loss[trained], loss[trained], rtol=1e-5, atol=4e-6)
         # Against float32's own argmax: softcap makes ties.
         exact = reference.chunk_loss(x, labels, terms, gradient_dtype=None, with_accuracy=True)
         assert np.array_equal(ours.correct[trained], exact.correct[trained])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastft_jax.pallas_kernels import nf4
-from fastft_jax.pallas_kernels.quantised_matmul import quantised_matmul
+from fastft_jax.pallas_kernels.quantised_matmul import few_rows, quantised_matmul, tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +56,31 @@ def test_kernel_equals_the_float64_product(implementation, m, shape):
     args, w = operands(m, *shape, double=True)
     # bfloat16 results: 1.7e-3 in norm; above 4 rows the weight is rounded as well: 2.4e-3
     assert compare(implementation, args, w, shape) < 4e-3
+
+
+@pytest.mark.parametrize("split_low", [True, False])
+@pytest.mark.parametrize("shape", [(64, 4096), (37, 3584), (5, 64)])
+def test_the_inline_assembly_equals_its_interpretation(shape, split_low):
+    """Both sum the same integers: what remains is the order of float32 sums and a result's last bit."""
+    (x, *weight), _ = operands(3, *shape, double=True)
+    weight = [a[None] for a in weight]
+    tile = tiles.vector_tiles(3, *shape)._replace(split_low=split_low)
+    run = lambda interpret: few_rows.quantised_matvec(  # noqa: E731
+        *jax.device_put((x, *weight)), shape=shape, tile=tile, interpret=interpret
+    )
+    card, host = (np.asarray(run(interpret), np.float64) for interpret in (False, True))
+    assert np.linalg.norm(card - host) < 5e-4 * np.linalg.norm(host)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_few_rows_err_less_than_a_weight_rounded_to_bfloat16(implementation, m):
+    """float16 results, as a rounding to bfloat16 would hide what is compared."""
+    args, w = operands(m, 520, 4096, double=False, dtype=jnp.float16)
+    exact = np.asarray(args[0], np.float64) @ np.asarray(w, np.float64).T
+    rounded = np.asarray(args[0], np.float64) @ w.astype(jnp.bfloat16).astype(np.float64).T
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert compare(implementation, args, w, (520, 4096)) < error / 3
 
 
 @pytest.mark.parametrize("m", [1, 4, 20])

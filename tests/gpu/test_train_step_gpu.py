@@ -10,6 +10,7 @@ from flax import nnx
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.models import lora
+from fastft_jax.models.remat import parts
 from fastft_jax.trainers.step import LossOptions, gradients
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +65,7 @@ def test_bfloat16_step_follows_the_float32_step(folder, packing):
 @pytest.mark.parametrize(("policy", "forwards"), [("none", 1), ("selective", 1), ("full", 2)])
 def test_attention_runs_forward_once_a_layer_unless_asked_to_recompute(folder, policy, forwards):
     _, _, text = step(folder, "bfloat16", True, policy)
-    # layers are scanned: a call in the text runs once for each of them
-    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == forwards
-    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
+    # layers are looped over: a call in the text runs once for each of them, and a policy in parts has a loop for each
+    loops = len(parts(policy, LAYERS))
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == forwards * loops
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == loops

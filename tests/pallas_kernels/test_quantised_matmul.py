@@ -1,6 +1,7 @@
 """Few rows times NF4: interpreted kernels against a float64 product, their lowering for CUDA, what they refuse."""
 
 import importlib.util
+import re
 
 import hypothesis.strategies as st
 import jax
@@ -11,8 +12,17 @@ from hypothesis import given, settings
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from fastft_jax.pallas_kernels import nf4, pallas
-from fastft_jax.pallas_kernels.quantised_matmul import jax_triton, quantised_matmul, supported, tiles, triton
+from fastft_jax.pallas_kernels.quantised_matmul import (
+    fixed_point,
+    jax_triton,
+    quantised_matmul,
+    supported,
+    tiles,
+    triton,
+)
 from fastft_jax.pallas_kernels.quantised_matmul.cases import CASES
+
+PTX = fixed_point.multiply_asm(split_low=False)
 
 
 def operands(m: int, n: int, k: int, double: bool, dtype=jnp.bfloat16):
@@ -81,7 +91,9 @@ def test_every_code_meets_its_own_element_of_x(m):
     product = jax.jit(lambda x: quantised_matmul(x, *args[1:], shape=shape, implementation="triton"))
     for first in (0, 30, 64, 94, 126 - m, 128 - m):
         x = np.eye(128, dtype=jnp.bfloat16)[first : first + m]
-        assert np.array_equal(product(x), w.T[first : first + m])
+        y, expected = (np.asarray(a, np.float32) for a in (product(x), w.T[first : first + m]))
+        # up to 4 rows a weight is right to 1.5e-4 before it is rounded: now and then it is rounded to the neighbour
+        assert np.all(np.abs(y - expected) <= (2**-7 * np.abs(expected) if m <= 4 else 0))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
@@ -103,12 +115,79 @@ def test_a_loop_reads_each_layer_of_a_stack(m, implementation):
         assert relative_error(y, x, weight_in_numpy(*(a[layer] for a in weight), shape)) < 2e-2
 
 
+def test_few_rows_err_less_than_a_weight_rounded_to_bfloat16():
+    """Without the rounding of the result, which hides it: float16 results of a weight that both paths hold."""
+    shape = (64, 1024)
+    args = operands(2, *shape, double=False, dtype=jnp.float16)
+    w = weight_in_numpy(*args[1:], shape).astype(np.float64)
+    exact = np.asarray(args[0], np.float64) @ w.T
+    rounded = np.asarray(args[0], np.float64) @ w.astype(jnp.bfloat16).astype(np.float64).T
+    error = np.linalg.norm(np.asarray(run("triton", args, shape), np.float64) - exact)
+    assert error < np.linalg.norm(rounded - exact) / 4
+
+
+@pytest.mark.parametrize("spread", [1e-30, 1.0, 1e30])
+def test_x_of_any_size_keeps_its_precision(spread):
+    """Each half block has its own step: an outlier costs its neighbours precision, and no one else."""
+    shape = (8, 256)
+    args = operands(2, *shape, double=False)
+    x = (np.asarray(args[0], np.float32) * spread).astype(jnp.bfloat16)
+    x[0, 16:48] = 0  # a half block's step would be 0 / 0
+    x[1, 70] *= 500
+    w = weight_in_numpy(*args[1:], shape).astype(np.float64)
+    y = np.asarray(run("triton", (x, *args[1:]), shape), np.float64)
+    exact = x.astype(np.float64) @ w.T
+    assert np.all(np.abs(y - exact) <= 6e-3 * np.sqrt(x.astype(np.float64) ** 2 @ (w**2).T) * 4)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_fixed_point_is_the_product_of_codebook_and_x(seed, word):
+    """The integers that both the PTX and its interpretation compute, against the codebook in float64."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-fixed_point.X_LEVELS, fixed_point.X_LEVELS + 1, (1, 32)).astype(np.int32)
+    high, low = (np.asarray(part, np.int32) for part in fixed_point.split_x(values))
+    assert high.min() >= -127 and high.max() <= 127 and low.min() >= -64 and low.max() <= 63
+    planes = [part.astype(np.int8).reshape(8, 4).view("<i4") for part in (high, low)]
+    words = np.uint32([word, *rng.integers(0, 2**32, 3)]).view(np.int32).reshape(4, 1, 1)
+    x = [jnp.asarray(plane[i]).reshape(1, 1) for plane in planes for i in range(8)]
+    bias = jnp.asarray(fixed_point.bias(values)).reshape(1, 1)
+    total = fixed_point.multiply([*jnp.asarray(words)], x, bias, [], split_low=False, interpret=True)
+    codes = words.view(np.uint32).reshape(4, 1) >> np.arange(0, 32, 4, np.uint32) & 15
+    exact = np.sum(nf4.NF4_CODE.astype(np.float64)[codes].reshape(-1) * values[0])
+    unit = fixed_point.TOTAL_UNIT * fixed_point.X_LEVELS
+    # 32 times a codebook's rounding and a product of low bytes
+    assert abs(int(total[0, 0]) * unit - exact) < 32 * (5e-5 * fixed_point.X_LEVELS + 127 * 64 / 7854)
+
+
+def test_prmt_picks_every_code():
+    """The look-up as the PTX manual describes it, on a machine that has none: bytes of two registers, sign if bit 3."""
+    for byte, expected in enumerate((fixed_point.LEVELS >> 7, fixed_point.LEVELS & 127)):
+        for code in range(16):
+            found = 0
+            for half, nibble in ((0, code), (1, code ^ 8)):
+                table = fixed_point.TABLE[2 * byte + half].tobytes()
+                constant = re.findall(rf"prmt.b32 [hl]{half}, \${22 + 2 * byte + half}, (\d+)", PTX)[0]
+                picked = (table + int(constant).to_bytes(4, "little"))[nibble & 7]
+                found |= (0xFF if picked & 0x80 else 0) if nibble & 8 else picked
+            assert found == expected[code]
+
+
 def test_leaving_the_matrix_does_not_leak_nan_or_infinity():
     shape = (9, 64)  # one block a row, of a step of four; rows 9.. of the tile do not exist
     x, codes, absmax, *_ = operands(5, *shape, double=False)
     x[3] = np.inf
     y = np.asarray(run("triton", (x, codes, absmax, None, None), shape), np.float32)
     assert np.isfinite(np.delete(y, 3, axis=0)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_in_few_rows_stay_visible_in_their_row(bad):
+    shape = (8, 256)
+    x, *weight = operands(2, *shape, double=False)
+    x[1, 200] = bad
+    y = np.asarray(run("triton", (x, *weight), shape), np.float32)
+    assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any()
 
 
 def stacked(weight):
@@ -128,8 +207,9 @@ ONE_OF_EACH = [case for case in CASES if case.name.endswith(("14336x4096", "1000
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
 def test_kernel_lowers_for_cuda_without_a_gpu(case):
     text = lower_for_cuda(lambda *a: case.run(*a, interpret=False), case.args)
-    assert text.count("__gpu$xla.gpu.triton") == 1
-    assert ("quantised_matvec" if case.args[0].shape[0] <= 4 else "quantised_matmul") in text
+    few = case.args[0].shape[0] <= 4  # a kernel of its own brings their x into fixed point
+    assert text.count("__gpu$xla.gpu.triton") == (2 if few else 1)
+    assert ("quantised_matvec" if few else "quantised_matmul") in text and ("prmt.b32" in text) == few
     n = case.args[1].size // case.args[0].shape[1] * 2
     assert f"x{n}x{case.args[0].shape[1]}xbf16" not in text and f"tensor<{n}x{case.args[0].shape[1]}x" not in text
 

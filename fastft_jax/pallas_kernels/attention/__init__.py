@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.attention import cudnn, reference, triton
 from fastft_jax.pallas_kernels.attention.flash import Keep, plain
 
@@ -123,7 +124,9 @@ def attention(
         max_segments=max_segments,
         sinks=sinks is not None,
     )
-    if implementation is None:
+    if implementation is None and pallas.only_references():
+        chosen = "xla"
+    elif implementation is None:
         platform, capability = current_device()
         chosen = select_implementation(**shapes, **features, platform=platform, compute_capability=capability).name
     else:

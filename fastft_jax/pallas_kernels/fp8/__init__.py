@@ -11,12 +11,27 @@ from jaxtyping import Array, Float
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.fp8 import reference
+from fastft_jax.pallas_kernels.fp8.glu import Scaled, rescale_glu, rescale_glu_backward
 from fastft_jax.pallas_kernels.fp8.matmul import matmul
+from fastft_jax.pallas_kernels.fp8.norm import rms_norm_rows
 from fastft_jax.pallas_kernels.fp8.reference import DTYPES, LARGEST, Format, scales
 
 Implementation = Literal["xla", "triton"]
 
-__all__ = ["DTYPES", "LARGEST", "Format", "Implementation", "matmul", "quantise_rows", "rescale_add", "scales"]
+__all__ = [
+    "DTYPES",
+    "LARGEST",
+    "Format",
+    "Implementation",
+    "Scaled",
+    "matmul",
+    "quantise_rows",
+    "rescale_add",
+    "rescale_glu",
+    "rescale_glu_backward",
+    "rms_norm_rows",
+    "scales",
+]
 
 
 def quantise_rows(

@@ -4,17 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.fp8.reference import DTYPES, LARGEST, Format, scales
+from fastft_jax.pallas_kernels.fp8.tile import Place, Tiles, finished, load_low_rank, load_scaled, store, whole
 
 CHUNK = 4096
 """Columns of one value: 7 such hold the 28672 columns of an 8B model's widest row, where one would be 32768 wide."""
-TILE_M, TILE_N = 64, 128
-RANKS = 64
-"""Ranks of a low-rank product taken at a time: its widths are multiples of it."""
+RESCALE = Tiles(64, 128, 8)
 
 
 def _quantise_kernel(x_ref, x8_ref, scale_ref, *, columns: int, chunk: int, largest: float) -> None:
@@ -51,19 +49,10 @@ def quantise_rows(
     )(x)
 
 
-def _rescale_kernel(sums_ref, scale_ref, h_ref, b_ref, out_ref, *, m: int, n: int, r: int) -> None:
-    there_m = (pallas.program_id(0) * TILE_M + jnp.arange(TILE_M) < m)[:, None]
-    there_n = pallas.program_id(1) * TILE_N + jnp.arange(TILE_N) < n
-    scale = pallas.load(scale_ref, mask=there_m[:, 0], other=0.0)
-    tile = there_m & there_n[None, :]
-    y = pallas.load(sums_ref, mask=tile, other=0.0).astype(jnp.float32) * scale[:, None]
-    precision = lax.Precision.HIGHEST if h_ref.dtype == jnp.float32 else None
-    for first in range(0, r, RANKS):
-        ranks = pallas.ds(first, RANKS)
-        h = pallas.load(h_ref.at[:, ranks], mask=jnp.broadcast_to(there_m, (TILE_M, RANKS)), other=0.0)
-        b = pallas.load(b_ref.at[:, ranks], mask=jnp.broadcast_to(there_n[:, None], (TILE_N, RANKS)), other=0.0)
-        y += lax.dot_general(h, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32)
-    pallas.store(out_ref, y.astype(out_ref.dtype), mask=tile)
+def _rescale_kernel(sums_ref, scale_ref, h_ref, b_ref, out_ref, *, tiles: Tiles, m: int, n: int, r: int) -> None:
+    place, refs = Place.of(tiles, m, n), (sums_ref, scale_ref, h_ref, b_ref)
+    y = finished(load_scaled(refs, place), load_low_rank(refs, place, (0, r)), out_ref.dtype)
+    store(out_ref, place, y)
 
 
 def rescale_add(
@@ -71,24 +60,20 @@ def rescale_add(
     scale: Float[Array, "M"],
     h: Float[Array, "M R"],
     b: Float[Array, "N R"],
+    tiles: Tiles = RESCALE,
     interpret: bool | None = None,
 ) -> Float[Array, "M N"]:
     """A program a tile; in the place of `sums` where the dtypes agree."""
     (m, n), r = sums.shape, h.shape[1]
-    tile = pallas.BlockSpec((TILE_M, TILE_N), lambda i, j: (i, j))
     return pallas.call(
-        functools.partial(_rescale_kernel, m=m, n=n, r=r),
+        functools.partial(_rescale_kernel, tiles=tiles, m=m, n=n, r=r),
         name="fp8_rescale_add",
-        grid=(pallas.cdiv(m, TILE_M), pallas.cdiv(n, TILE_N)),
-        in_specs=[
-            tile,
-            pallas.BlockSpec((TILE_M,), lambda i, j: (i,)),
-            pallas.BlockSpec((TILE_M, r), lambda i, j: (i, 0)),
-            pallas.BlockSpec((TILE_N, r), lambda i, j: (j, 0)),
-        ],
-        out_specs=tile,
+        grid=(tiles.programs(m, n),),
+        in_specs=[whole(a) for a in (sums, scale, h, b)],
+        out_specs=whole(sums),
         out_shape=jax.ShapeDtypeStruct((m, n), h.dtype),
         input_output_aliases={0: 0} if sums.dtype == h.dtype else {},
+        num_warps=tiles.num_warps,
         num_stages=1,
         interpret=interpret,
     )(sums, scale, h, b)

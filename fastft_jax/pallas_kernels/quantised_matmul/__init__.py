@@ -36,10 +36,11 @@ def quantised_matmul(
     lies: a loop over layers that slices the stack instead copies the codes before every product.
 
     absmax is float32 [G], or uint8 with a float32 scale [ceil(G / 256)] and offset [] (see `nf4.dequantize`). "triton"
-    and "jax_triton" take 1 to 64 rows of bfloat16 or float16 and K a multiple of 64: up to 4 rows keep the weight in
-    float32, more round it to x.dtype as "xla" does. "jax_triton" runs on a GPU only and needs that package. `None`
-    picks "triton" on a GPU where it applies, else "xla". Not differentiable in the kernels: for inference. Raises
-    ValueError for shapes, dtypes or names that do not fit, ImportError when jax-triton is not installed.
+    and "jax_triton" take 1 to 64 rows of bfloat16 or float16 and K a multiple of 64: up to 4 rows multiply integers, of
+    which a weight's are right to 1.5e-4 and x's to 3e-5 of the largest in 32, more rows round the weight to x.dtype as
+    "xla" does. "jax_triton" runs on a GPU only and needs that package. `None` picks "triton" on a GPU where it applies,
+    else "xla". Not differentiable in the kernels: for inference. Raises ValueError for shapes, dtypes or names that do
+    not fit, ImportError when jax-triton is not installed.
     """
     n, k = shape
     groups = -(-n * k // 64)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
-from fastft_jax.pallas_kernels.quantised_matmul import tiles
+from fastft_jax.pallas_kernels.quantised_matmul import few_rows, fixed_point, tiles
 
 DOT_STAGES = 3
 """Steps of K in flight: codes and x come by asynchronous copies."""
@@ -44,23 +44,28 @@ def quantised_matmul(
     tile = tiles.vector_tiles(m, n, k) if vector else tiles.dot_tiles(m, n, k)
     # a float32 absmax has no map, scale or offset: the kernel never reads what stands in their place
     decoder = (jnp.asarray(dynamic_map()), absmax_scale, absmax_offset) if double else (absmax,) * 3
+    weight = jnp.asarray(layer, jnp.int32).reshape(1), codes, absmax, *decoder
+    sizes = dict(M=m, N=n, K=k, DOUBLE=double, ROWS=tile.rows, BLOCKS=tile.blocks)
     launch = functools.partial(
-        jax_triton.triton_call,
-        tiles.x_planes(x) if vector else tiles.x_interleaved(x),
-        jnp.asarray(NF4_CODE),
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        codes,
-        absmax,
-        *decoder,
-        num_warps=tile.warps,
-        compute_capability=compute_capability,
-        **dict(M=m, N=n, K=k, DOUBLE=double, ROWS=tile.rows, BLOCKS=tile.blocks),
+        jax_triton.triton_call, num_warps=tile.warps, compute_capability=compute_capability, **sizes
     )
     tiles_n = -(-n // tile.rows)
     if vector:
-        out = jax.ShapeDtypeStruct((m, n), x.dtype)
-        return launch(kernel=raw_triton.vector_kernel, name="quantised_matvec", out_shape=out, grid=(tiles_n,))
+        return launch(
+            few_rows.lookup_table(tile.blocks),
+            *few_rows.quantise_x(x, interpret=False),
+            *weight,
+            kernel=raw_triton.vector_kernel,
+            name="quantised_matvec",
+            out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+            grid=(tiles_n,),
+            MULTIPLY=fixed_point.multiply_asm(tile.split_low),
+            CONSTRAINTS=fixed_point.CONSTRAINTS,
+        )
     sums = launch(
+        tiles.x_interleaved(x),
+        jnp.asarray(NF4_CODE),
+        *weight,
         kernel=raw_triton.dot_kernel,
         name="quantised_matmul",
         out_shape=jax.ShapeDtypeStruct((tile.splits, m, n), jnp.float32),

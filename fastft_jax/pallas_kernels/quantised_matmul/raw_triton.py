@@ -1,9 +1,8 @@
-"""The two kernels in raw Triton, with the table in a warp's registers: a lookup is one shuffle. Imports triton.
+"""The two kernels in raw Triton. Imports triton.
 
-Lane l of every warp holds value l mod 16 of the NF4 table, so `shfl.sync.idx` by the low bits of a word returns the
-value of its low code: of the index a shuffle reads only five bits, of which the table ignores the fifth, so a weight
-costs a shift, a shuffle and a multiply-add. By NVIDIA's table a multiprocessor shuffles 32 lanes a clock: at 1.7 GHz
-an H200 could look up 3.6 TB/s of codes, not far below what its memory delivers.
+Up to 4 rows it is `few_rows`, line by line. Above, the table is in a warp's registers and a look-up one shuffle: lane l
+of every warp holds value l mod 16 of the NF4 table, so `shfl.sync.idx` by the low bits of a word returns the value of
+its low code, for of the index a shuffle reads only five bits, of which the table ignores the fifth.
 """
 
 import triton
@@ -59,31 +58,54 @@ def _absmax(absmax_ptr, map_ptr, scale_ptr, offset_ptr, layer, row, first, N: tl
 
 
 @triton.jit
+def _half_blocks(row, first, N: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr):
+    """[rows, 2 BLOCKS] numbers of blocks in the matrix, each twice; outside it, those of some others."""
+    block = first + tl.arange(0, BLOCKS * 2) // 2
+    group = row[:, None] * (K // 64) + block[None, :]
+    if N % row.shape[0] != 0 or K // 64 % BLOCKS != 0:
+        group = tl.where((row < N)[:, None] & (block < K // 64)[None, :], group, 0)
+    return group
+
+
+@triton.jit
 def vector_kernel(
-    x_ptr, table_ptr, layer_ptr, codes_ptr, absmax_ptr, map_ptr, scale_ptr, offset_ptr, out_ptr,
+    look_up_ptr, planes_ptr, step_ptr, layer_ptr, codes_ptr, absmax_ptr, map_ptr, scale_ptr, offset_ptr, out_ptr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, DOUBLE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, MULTIPLY: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum over blocks of absmax times the block's sum of x[m] times its codes, in float32; x as planes."""
+    """out[m, n] = sum over half blocks of absmax times x's step times the integer sum; x as `few_rows.quantise_x`'s."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    table = _table_of_lane(table_ptr)
+    lane = tl.arange(0, BLOCKS * 2)
+    t0, t1 = tl.load(look_up_ptr + lane)[None, :], tl.load(look_up_ptr + BLOCKS * 2 + lane)[None, :]
+    t2, t3 = tl.load(look_up_ptr + BLOCKS * 4 + lane)[None, :], tl.load(look_up_ptr + BLOCKS * 6 + lane)[None, :]
     layer = tl.load(layer_ptr).to(tl.int64)
-    sums = (tl.zeros([ROWS, BLOCKS], tl.float32),) * M
+    sums = (tl.zeros([ROWS, BLOCKS * 2], tl.float32),) * M
     for first in tl.range(0, K // 64, BLOCKS, num_stages=1):
-        words = _words(codes_ptr, layer, row, first, N, K, BLOCKS)
-        absmax = _absmax(absmax_ptr, map_ptr, scale_ptr, offset_ptr, layer, row, first, N, K, BLOCKS, DOUBLE)
-        word = first * 8 + tl.arange(0, BLOCKS * 8)
-        partial = (tl.zeros([ROWS, BLOCKS * 8], tl.float32),) * M
-        for p in tl.static_range(8):
-            value = _look_up(table, words >> (4 + 8 * (p % 4) - 4 * (p // 4)))
-            more = ()
-            for m in tl.static_range(M):
-                x = tl.load(x_ptr + (p * M + m) * (K // 8) + word, mask=word < K // 8, other=0.0)
-                more = more + (partial[m] + value * x.to(tl.float32)[None, :],)
-            partial = more
+        words = _words(codes_ptr, layer, row, first, N, K, BLOCKS).reshape([ROWS, BLOCKS * 2, 2, 2])
+        w02, w13 = tl.split(words)
+        w0, w2 = tl.split(w02)
+        w1, w3 = tl.split(w13)
+        group = _half_blocks(row, first, N, K, BLOCKS)
+        absmax = tl.load(absmax_ptr + layer * (N * (K // 64)) + group)
+        tl.debug_barrier()  # or the assembler delays half of the loads, to save registers
+        if DOUBLE:
+            scale = tl.load(scale_ptr + layer * ((N * (K // 64) + 255) // 256) + (group >> 8))
+            absmax = tl.load(map_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr + layer)
+        half = first * 2 + lane
+        inside = half < K // 32
         more = ()
         for m in tl.static_range(M):
-            more = more + (sums[m] + tl.sum(partial[m].reshape([ROWS, BLOCKS, 8]), axis=2) * absmax,)
+            x = ()
+            for p in tl.static_range(17):
+                x = x + (tl.load(planes_ptr + (m * 17 + p) * (K // 32) + half, mask=inside, other=0)[None, :],)
+            total = tl.inline_asm_elementwise(
+                MULTIPLY, CONSTRAINTS,
+                [w0, w1, w2, w3, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12],
+                 x[13], x[14], x[15], x[16], t0, t1, t2, t3],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+            step = tl.load(step_ptr + m * (K // 32) + half, mask=inside, other=0.0)[None, :]
+            more = more + (sums[m] + total.to(tl.float32) * step * absmax,)
         sums = more
     for m in tl.static_range(M):
         tl.store(out_ptr + m * N + row, tl.sum(sums[m], axis=1).to(out_ptr.dtype.element_ty), mask=row < N)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 MAX_ROWS = 64
 VECTOR_ROWS = 4
-"""Up to so many rows multiply on the CUDA cores (one fused multiply-add a weight and row), more on the matrix units."""
+"""Up to so many rows multiply on the CUDA cores (`few_rows`), more on the matrix units."""
 MAX_CODE_BYTES = 2**31
 """The kernels' offsets are signed 32-bit."""
 
@@ -29,12 +29,6 @@ def words(codes: UInt8[Array, "L G 32"], k: int) -> Int32[Array, "L*N K//8"]:
     return jax.lax.bitcast_convert_type(codes.reshape(-1, k // 8, 4), jnp.int32)
 
 
-def x_planes(x: Float[Array, "M K"]) -> Float[Array, "8*M K//8"]:
-    """Row p M + m holds, word after word, the element of x[m] that code p of that word multiplies."""
-    m, k = x.shape
-    return x.reshape(m, k // 64, 2, 8, 4).transpose(2, 4, 0, 1, 3).reshape(8 * m, k // 8)
-
-
 def x_interleaved(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
     """x in the order of the codes: entry 8 w + p is the element that code p of word w multiplies."""
     m, k = x.shape
@@ -42,17 +36,22 @@ def x_interleaved(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
 
 
 class VectorTiles(NamedTuple):
-    """One program: `rows` rows of W, `blocks` blocks of 64 of each a step."""
+    """One program: `rows` rows of W, `blocks` blocks of 64 of each a step; `split_low`: see `fixed_point`."""
 
     rows: int
     blocks: int
     warps: int
+    split_low: bool
 
 
 def vector_tiles(m: int, n: int, k: int) -> VectorTiles:
-    """Every thread holds `rows` times 16 bytes of codes a step: enough loads in flight to fill the memory's pipe."""
-    blocks = min(32, max(4, next_power_of_two(k // 64)))
-    return VectorTiles(rows=8 if m == 1 and n >= 8192 else 4, blocks=blocks, warps=max(1, blocks // 16))
+    """A thread holds 16 bytes of codes of each row a step: 16 blocks a warp. x's rows and W's share the registers.
+
+    At one row, a warp a program where rows are short, and four where they are long (benchmarks/few_row_matmul.jsonl).
+    """
+    most = 32 if m > 1 else 16 if k <= 8192 else 64
+    blocks = min(most, max(4, next_power_of_two(k // 64)))
+    return VectorTiles(rows=4, blocks=blocks, warps=max(1, blocks // 16), split_low=m == 1)
 
 
 class DotTiles(NamedTuple):

@@ -1,8 +1,7 @@
-"""NF4 times few rows in Pallas: codes are looked up in a 16-entry table, a gather that the L1 cache serves.
+"""5 to 64 rows times NF4 in Pallas: codes are looked up in a 16-entry table, a gather that the L1 cache serves.
 
-Two kernels. Up to 4 rows, every weight is one float32 multiply-add a row and the absmax is applied once a block, to the
-block's sum. Above, a tile of W is decoded to x.dtype, exactly as `nf4.dequantize` does, and multiplied on the matrix
-units with x padded to 16, 32 or 64 rows.
+A tile of W is decoded to x.dtype, exactly as `nf4.dequantize` does, and multiplied on the matrix units with x padded to
+16, 32 or 64 rows. Fewer rows are `few_rows`'s.
 """
 
 import functools
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
 from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, scale_and_shift
-from fastft_jax.pallas_kernels.quantised_matmul import tiles
+from fastft_jax.pallas_kernels.quantised_matmul import few_rows, tiles
 
 
 def _load_tile(layer_ref, words_ref, absmax_ref, decoder, row, first, rows: int, blocks: int, n: int, groups: int):
@@ -34,34 +33,6 @@ def _load_tile(layer_ref, words_ref, absmax_ref, decoder, row, first, rows: int,
         scale = scale_ref[layer * scales + jnp.where(inside, group, 0) // GROUPS_PER_SCALE]
         absmax = jnp.where(inside, scale_and_shift(map_ref[absmax.astype(jnp.int32)], scale, offset_ref[layer]), 0.0)
     return words, absmax
-
-
-def _vector_kernel(x_ref, table_ref, layer_ref, words_ref, absmax_ref, *rest, m: int, n: int, groups: int, tile):
-    *decoder, out_ref = rest
-    rows, blocks, _ = tile
-    row = pallas.program_id(0) * rows
-
-    def step(i, sums):
-        first = i * blocks
-        words, absmax = _load_tile(layer_ref, words_ref, absmax_ref, decoder, row, first, rows, blocks, n, groups)
-        inside = (first * 8 + jnp.arange(blocks * 8) < groups * 8)[None]
-        partial = [jnp.zeros((rows, blocks * 8), jnp.float32)] * m
-        for p, shift in enumerate(tiles.SHIFTS):
-            value = table_ref[(words >> shift) & 15]
-            for j in range(m):
-                part = x_ref.at[pallas.ds(p * m + j, 1), pallas.ds(first * 8, blocks * 8)]
-                partial[j] += value * pallas.load(part, mask=inside, other=0.0).astype(jnp.float32)
-        return tuple(
-            total + jnp.sum(part.reshape(rows, blocks, 8), axis=2) * absmax
-            for total, part in zip(sums, partial, strict=True)
-        )
-
-    zero = jnp.zeros((rows, blocks), jnp.float32)
-    sums = jax.lax.fori_loop(0, pallas.cdiv(groups, blocks), step, (zero,) * m)
-    there = (row + jnp.arange(rows) < n)[None]
-    for j, total in enumerate(sums):
-        value = jnp.sum(total, axis=1)[None].astype(out_ref.dtype)
-        pallas.store(out_ref.at[pallas.ds(j, 1), :], value, mask=there)
 
 
 def _dot_kernel(x_ref, table_ref, layer_ref, words_ref, absmax_ref, *rest, m: int, n: int, groups: int, tile):
@@ -105,38 +76,25 @@ def quantised_matmul(
     Above 4 rows it goes by way of float32 sums [splits, M, N].
     """
     (m, k), n, groups = x.shape, shape[0], shape[1] // 64
+    if m <= tiles.VECTOR_ROWS:
+        weight = codes, absmax, absmax_scale, absmax_offset
+        return few_rows.quantised_matvec(x, *weight, layer, shape=shape, interpret=interpret)
     whole = lambda *dims: pallas.BlockSpec(dims, lambda *_: (0,) * len(dims))  # noqa: E731
-    vector = m <= tiles.VECTOR_ROWS
-    tile = tiles.vector_tiles(m, n, k) if vector else tiles.dot_tiles(m, n, k)
+    tile = tiles.dot_tiles(m, n, k)
     weight = [jnp.asarray(NF4_CODE), jnp.asarray(layer, jnp.int32).reshape(1)]
     weight += [tiles.words(codes, k), absmax.reshape(-1, groups)]
     if absmax_scale is not None:
         weight += [jnp.asarray(dynamic_map()), absmax_scale.reshape(-1), absmax_offset]
-    operands = [
-        # of the matrix product's x, more rows are loaded (and masked) than there are
-        (tiles.x_planes(x), whole(8 * m, k // 8)) if vector else (tiles.x_interleaved(x), whole(tile.padded_m, k)),
-        *((a, whole(*a.shape)) for a in weight),
-    ]
-    arrays, specs = zip(*operands, strict=True)
-    tiles_n = pallas.cdiv(n, tile.rows)
-    launch = functools.partial(pallas.call, in_specs=list(specs), num_warps=tile.warps, interpret=interpret)
-    sizes = dict(m=m, n=n, groups=groups, tile=tile)
-    # one stage: Triton's pipelining would turn the table's gather into copies of 4 bytes
-    if vector:
-        return launch(
-            functools.partial(_vector_kernel, **sizes),
-            name="quantised_matvec",
-            grid=(tiles_n,),
-            out_specs=pallas.BlockSpec((m, tile.rows), lambda i: (0, i)),
-            out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
-            num_stages=1,
-        )(*arrays)
-    sums = launch(
-        functools.partial(_dot_kernel, **sizes),
+    sums = pallas.call(
+        functools.partial(_dot_kernel, m=m, n=n, groups=groups, tile=tile),
         name="quantised_matmul",
-        grid=(tiles_n, tile.splits),
+        grid=(pallas.cdiv(n, tile.rows), tile.splits),
+        # of x, more rows are loaded (and masked) than there are
+        in_specs=[whole(tile.padded_m, k), *(whole(*a.shape) for a in weight)],
         out_specs=pallas.BlockSpec((None, tile.padded_m, tile.rows), lambda i, s: (s, 0, i)),
         out_shape=jax.ShapeDtypeStruct((tile.splits, m, n), jnp.float32),
-        num_stages=1,
-    )(*arrays)
+        num_warps=tile.warps,
+        num_stages=1,  # Triton's pipelining would turn the table's gather into copies of 4 bytes
+        interpret=interpret,
+    )(tiles.x_interleaved(x), *weight)
     return jnp.sum(sums, axis=0).astype(x.dtype)

@@ -20,22 +20,28 @@ def _scale(weight_ref, tiles: Rows, plus_one: bool, dtype) -> Float[Array, "1 wi
     return 1.0 + weight.astype(jnp.float32) if plus_one else weight.astype(dtype).astype(jnp.float32)
 
 
+def normalised(
+    x: Float[Array, "rows width"], weight_ref, tiles: Rows, eps: float, plus_one: bool
+) -> Float[Array, "rows width"]:
+    """A tile's result, of x in its own dtype, before the last rounding to it."""
+    xf = x.astype(jnp.float32)
+    normed = xf * _rstd(xf, tiles.d, eps)
+    if not plus_one:
+        normed = normed.astype(x.dtype).astype(jnp.float32)
+    return normed * _scale(weight_ref, tiles, plus_one, x.dtype)
+
+
 def _forward_kernel(*refs, tiles: Rows, eps: float, plus_one: bool, room: int) -> None:
     """refs: x, weight, out; or with an addition: x, delta, weight, h, out."""
     x_ref, *delta_ref, weight_ref = refs[: len(refs) // 2 + 1]
     *h_ref, out_ref = refs[len(refs) // 2 + 1 :]
     _, inside = tiles.tile(0, tiles.first_row())
-    dtype = x_ref.dtype
-    x = pallas.load(x_ref, mask=inside, other=0.0).astype(jnp.float32)
+    x = pallas.load(x_ref, mask=inside, other=0.0)
     if delta_ref:
-        delta = pallas.load(delta_ref[0], mask=inside, other=0.0).astype(jnp.float32)
-        h = (x + delta).astype(dtype)
-        pallas.store(h_ref[0], h, mask=inside)
-        x = h.astype(jnp.float32)  # the norm sees the rounded sum, as a reader of h would
-    normed = x * _rstd(x, tiles.d, eps)
-    if not plus_one:
-        normed = normed.astype(dtype).astype(jnp.float32)
-    store_row(out_ref, normed * _scale(weight_ref, tiles, plus_one, dtype), tiles, inside, room)
+        delta = pallas.load(delta_ref[0], mask=inside, other=0.0)
+        x = (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype)
+        pallas.store(h_ref[0], x, mask=inside)  # the norm sees the rounded sum, as a reader of h would
+    store_row(out_ref, normalised(x, weight_ref, tiles, eps, plus_one), tiles, inside, room)
 
 
 def _backward_kernel(*refs, tiles: Rows, eps: float, plus_one: bool, residual: bool, train_weight: bool) -> None:

@@ -1,0 +1,133 @@
+"""A whole gated feed-forward layer in fp8 as one op: norm, gate and up, activation, down, each with LoRA.
+
+y = act W_d^T + .. with act = f(gate) * up and [gate | up] = n [W_g; W_u]^T + .., n = rms_norm(x): what `norm_linear`
+and `glu_linear` compute one after the other. One op, because what lies between its products is then never finished for
+its own sake: the products' bare sums are kept, and the activation's kernels apply scales and adapters on their way.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fastft_jax.pallas_kernels.fp8 import Scaled, quantise_rows, rescale_glu, rescale_glu_backward, rms_norm_rows
+from fastft_jax.pallas_kernels.glu import Activation
+from fastft_jax.pallas_kernels.rms_norm import rms_norm, rms_norm_backward
+from fastft_jax.quant import fp8
+from fastft_jax.quant.lora_linear import (
+    Projection,
+    adapter_gradients,
+    below_each_other,
+    block_diagonal,
+    contract,
+    input_gradient,
+    rank_slices,
+    room_of,
+)
+from fastft_jax.quant.norm_linear import Norm
+
+
+class Keep(Protocol):
+    """Gives back a value, or what was kept of it; `slot` also says where it is kept: (value, stack, index)."""
+
+    def __call__(self, name: str, value: Array) -> Array: ...
+
+    def slot(self, name: str, value: Array) -> tuple[Array, Array | None, Int[Array, ""] | None]: ...
+
+
+def fp8_mlp(
+    x: Float[Array, "... D"],
+    weight: Float[Array, "D"],
+    norm: Norm,
+    projections: Sequence[Projection],
+    scalings: Sequence[float],
+    keep: Keep,
+    activation: Activation = "silu",
+) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+    """The layer's output, and x again for the residual connection, whose gradient joins there.
+
+    projections and scalings are those of gate, up and down, whose weights compute in fp8. Differentiable in x and the
+    adapters. The sums of gate and up go through keep.slot("gate_up", ..) and their scales through keep("gate_up", ..),
+    the adapters' inner products through keep("lora_h", ..); what else the gradients need is computed again.
+    """
+    rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
+    gate_up, down = tuple(projections[:2]), tuple(projections[2:])
+    in_scalings, out_scalings = tuple(scalings[:2]), tuple(scalings[2:])
+    frozen_x, frozen_gate_up, frozen_down = lax.stop_gradient((rows, gate_up, down))
+    normed, normed8, row_scales = rms_norm_rows(frozen_x, weight, eps=norm.eps, plus_one=norm.plus_one)
+    h = _inner_product(normed, frozen_gate_up, keep)
+    product = fp8.product_of_rows(normed8, row_scales, [p.weight for p in gate_up], dtype)
+    sums, stack, index = keep.slot("gate_up", product.sums)
+    kept = (sums if stack is None else stack, keep("gate_up", product.scale), h, index)
+    act = rescale_glu(
+        _scaled(kept, frozen_gate_up, in_scalings, dtype),
+        dtype=dtype,
+        activation=activation,
+        ranks=_ranks(gate_up),
+        index=index,
+    )
+    act_h = _inner_product(act, frozen_down, keep)
+    options = (norm, in_scalings, out_scalings, activation)
+    y, rows = _fp8_mlp(rows, weight, kept, quantise_rows(act), act_h, gate_up, down, options)
+    return y.reshape(x.shape), rows.reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _fp8_mlp(x, weight, kept, act8, act_h, gate_up, down, options):
+    """The down projection, and the whole layer's gradients; `kept` and the activation's parts take none."""
+    _, _, scalings, _ = options
+    low_rank = None if act_h is None else (act_h, block_diagonal(down, scalings, x.dtype))
+    product = fp8.product_of_rows(*act8, [down[0].weight], x.dtype)
+    return fp8.finished(product, low_rank, x.dtype), x
+
+
+def _forward(x, weight, kept, act8, act_h, gate_up, down, options):
+    outputs = _fp8_mlp(x, weight, kept, act8, act_h, gate_up, down, options)
+    return outputs, (x, weight, kept, act_h, gate_up, down)
+
+
+def _backward(options, residuals, cotangents):
+    norm, in_scalings, out_scalings, activation = options
+    x, weight, kept, act_h, gate_up, down = residuals
+    (dy, d_residual), dtype = cotangents, x.dtype
+    d_act_h, d_act = None, fp8.scaled_gradient(dy, [down[0].weight])
+    if act_h is not None:
+        d_act_h = contract(dy, block_diagonal(down, out_scalings, dtype), 1, 0, dtype)
+        d_act = d_act._replace(h=d_act_h, b=below_each_other(down, dtype).T)
+    d_gate_up, act = rescale_glu_backward(
+        _scaled(kept, gate_up, in_scalings, dtype),
+        d_act,
+        dtype=dtype,
+        activation=activation,
+        ranks=_ranks(gate_up) + _ranks(down),
+        index=kept[-1],
+    )
+    d_down = adapter_gradients(act, act_h, d_act_h, dy, down, out_scalings)
+    d_normed, dh = input_gradient(d_gate_up, gate_up, in_scalings)
+    normed = rms_norm(x, weight, eps=norm.eps, plus_one=norm.plus_one)
+    d_pairs = adapter_gradients(normed, kept[2], dh, d_gate_up, gate_up, in_scalings)
+    dx = rms_norm_backward(d_normed, x, weight, eps=norm.eps, plus_one=norm.plus_one, d_residual=d_residual)
+    return dx, None, None, None, None, d_pairs, d_down
+
+
+_fp8_mlp.defvjp(_forward, _backward)
+
+
+def _inner_product(rows, projections, keep: Keep) -> Float[Array, "M room"] | None:
+    """h, zeros in the rest of the room; None without adapters."""
+    if not room_of(projections):
+        return None
+    return keep("lora_h", contract(rows, below_each_other(projections, rows.dtype), 1, 1, rows.dtype))
+
+
+def _scaled(kept, gate_up, scalings, dtype) -> Scaled:
+    sums, scale, h, _ = kept
+    return Scaled(sums, scale) if h is None else Scaled(sums, scale, h, block_diagonal(gate_up, scalings, dtype))
+
+
+def _ranks(projections: Sequence[Projection]) -> tuple[tuple[int, int], ...]:
+    """Each one's columns of h."""
+    return tuple((at.start, at.stop) for at in rank_slices(projections))
