@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastft_jax.errors import ConfigError
 
 LAYER_INPUT = "layer_input"
-RESIDUAL_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h")
+RESIDUAL_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h", "block_out")
 
 How = str | float  # "save", "offload", "recompute", or the share of the layers that save
 Policy = tuple[tuple[str, How], ...]  # a user's own table, as pairs so that it can be a static argument
@@ -23,7 +23,7 @@ _AWAY: dict[str, How] = {LAYER_INPUT: "offload", "attn_out": "offload"}
 
 POLICIES: dict[str, Mapping[str, How]] = {
     "none": {name: "save" for name in RESIDUAL_NAMES},
-    "selective": {name: "save" for name in ("q", "k", "v", "attn_lse", "mid_residual", "lora_h")}
+    "selective": {name: "save" for name in ("q", "k", "v", "attn_lse", "mid_residual", "lora_h", "block_out")}
     | _AWAY
     | {"gate_up": 0.5},
     "offload": {"attn_lse": "save"} | _AWAY,
