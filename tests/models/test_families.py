@@ -149,9 +149,39 @@ def layer_norm(values):
     return {key: value for key, value in values.items() if key != "rms_norm_eps"} | {"layer_norm_eps": 1e-5}
 
 
-def cohere(d, f, layers, heads, kv, theta):
-    more = {"attention_bias": False, "logit_scale": 0.0625, "rope_theta": theta, "tie_word_embeddings": True}
-    return layer_norm(published("cohere", d, f, layers, heads, kv, 256000, 8192, **more))
+OLMO3 = {
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+}
+COMMAND_R7B = {
+    "cache_implementation": "hybrid",
+    "layer_switch": 4,
+    "logit_scale": 0.25,
+    "model_type": "cohere2",
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+}
+
+
+def cohere(d, f, layers, heads, kv, theta, model_type="cohere", **more):
+    more = {"attention_bias": False, "logit_scale": 0.0625, "rope_theta": theta, "tie_word_embeddings": True} | more
+    return layer_norm(published(model_type, d, f, layers, heads, kv, 256000, 8192, **more))
 
 
 def stablelm(d, f, layers, heads, vocab, **more):
@@ -273,6 +303,11 @@ RELEASED = {
     "OLMo-2-1124-13B": (published("olmo2", 5120, 13824, 40, 40, 40, 100352, 4096, rope_theta=5e5), 13_716_198_400),
     "c4ai-command-r-v01": (cohere(8192, 22528, 40, 64, 64, 8e6), 34_980_831_232),
     "aya-23-8B": (cohere(4096, 14336, 32, 32, 8, 1e4), 8_028_033_024),
+    "Olmo-3-1025-7B": (
+        published("olmo3", 4096, 11008, 32, 32, 32, 100278, 65536, **OLMO3),
+        7_298_011_136,
+    ),
+    "c4ai-command-r7b-12-2024": (cohere(4096, 14336, 32, 32, 8, 5e4, **COMMAND_R7B), 8_028_033_024),
     "stablelm-3b-4e1t": (stablelm(2560, 6912, 32, 32, 50304), 2_795_443_200),
     "stablelm-2-1_6b": (stablelm(2048, 5632, 24, 32, 100352, use_qkv_bias=True), 1_644_515_328),
 }
@@ -326,6 +361,13 @@ def test_what_a_released_config_switches_on_is_on():
     assert phi.rope.original_max_position_embeddings == 4096
     smollm3 = config("SmolLM3-3B")
     assert smollm3.rope.rope_theta == 5e6 and smollm3.second_rope_layers == tuple(range(3, 36, 4))
+    olmo3, command = config("Olmo-3-1025-7B"), config("c4ai-command-r7b-12-2024")
+    assert (olmo3.rope.rope_type, olmo3.second_rope.rope_type, olmo3.layer_windows[:4]) == (
+        "yarn",
+        "default",
+        (4096, 4096, 4096, None),
+    )
+    assert command.second_rope_layers == tuple(range(3, 32, 4)) and command.layer_windows == olmo3.layer_windows
     assert config("stablelm-3b-4e1t").rope.rotary_dim(80) == 20
 
 

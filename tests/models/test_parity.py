@@ -16,9 +16,16 @@ from fastft_jax.trainers.step import LossOptions, gradients
 
 # float32 on both sides: what is left is the order of sums, a few 1e-6 at logits of size 5; the project's bound is 1e-4
 TOLERANCE = 1e-4
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is the test's time
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
 TARGETS += ["dense", "fc1", "fc2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is what these tests' time goes into."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=tiny.TINY)
@@ -107,8 +114,7 @@ def our_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarray
     batch = {name: np.asarray(value, np.int32)[None] for name, value in batch.items()}
     definition, trainable, frozen = nnx.split(model.decoder, nnx.Param, ...)
     options = LossOptions(policy="full", chunk_size=32, max_segments=1)
-    jitted = jax.jit(gradients, static_argnums=(0, 4), compiler_options=QUICK)
-    loss, grads = jitted(definition, trainable, frozen, batch, options, None)
+    loss, grads = jax.jit(gradients, static_argnums=(0, 4))(definition, trainable, frozen, batch, options, None)
     clone = nnx.merge(definition, grads, frozen)
     return float(loss), {name: np.asarray(value) for name, value in lora.trainable_tensors(clone, model.names).items()}
 

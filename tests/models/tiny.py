@@ -103,6 +103,22 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "smollm-3": ("smollm3", dict(no_rope_layers=[1, 1, 0], pad_token_id=0)),
     "olmo-2": ("olmo2", dict(num_hidden_layers=2)),
+    "olmo-3": (
+        "olmo3",
+        dict(
+            num_hidden_layers=2,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": YARN | {"rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+    ),
+    "cohere-2": (
+        "cohere2",
+        dict(num_hidden_layers=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    ),
     "cohere": ("cohere", dict(num_hidden_layers=2, logit_scale=0.25)),
     "stablelm": ("stablelm", dict(num_hidden_layers=2, use_qkv_bias=True) | _theta(1e4, partial_rotary_factor=0.25)),
     "stablelm-parallel": (

@@ -12,7 +12,7 @@ from fastft_jax.models.families.names import NameTable
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "gemma3"),
-    *("phi3", "phi", "granite", "smollm3", "olmo2", "cohere", "stablelm"),
+    *("phi3", "phi", "granite", "smollm3", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
 )
 
 
