@@ -160,7 +160,10 @@ class FastLanguageModel:
         layers_to_transform: Sequence[int] | int | None = None,
         loftq_config: dict | None = None,
     ) -> "FastLanguageModel":
-        """Add a LoRA adapter to the model, in place, and return it. Arguments as in PEFT's LoraConfig."""
+        """Add a LoRA adapter to the model, in place, and return it. Arguments as in PEFT's LoraConfig.
+
+        The default of target_modules means every linear layer, also where a family gives them other names (Phi).
+        """
         if model.peft_config is not None:
             raise ConfigError("this model has an adapter already; load the base again to start another")
         if loftq_config:
@@ -175,6 +178,9 @@ class FastLanguageModel:
             raise ConfigError(f"bias={bias!r} is not one of none, all, lora_only")
         policy = resolve_policy(use_gradient_checkpointing)
         paths = model._linear_paths()
+        leaves = {path.rpartition(".")[2] for path in paths}
+        if tuple(target_modules) == DEFAULT_TARGETS and not leaves.issuperset(DEFAULT_TARGETS):
+            target_modules = peft.ALL_LINEAR
         peft.require_targets(target_modules, paths)
         if target_modules == "all-linear":
             target_modules = peft.condense_targets(peft.match_targets("all-linear", paths), paths)

@@ -5,6 +5,8 @@ from the ops that differentiate in all of their inputs. Weights are a dict by th
 stacked [L, ...], which `Decoder(config, lambda path, shape, layers: weights[path], dtype)` takes too.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,8 +24,9 @@ Weights = dict[str, Float[Array, "..."]]
 
 def weight_requests(config: DecoderConfig) -> list[Request]:
     """Path, shape and layers of every weight, in the decoder's order; ValueError for anything but a plain Llama."""
-    other = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")
-    found = [name for name in other if getattr(config, name)]
+    free = ("tie_word_embeddings",)
+    fields = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+    found = [f.name for f in fields if f.name not in free and getattr(config, f.name) != f.default]
     found += ["sliding windows"] if any(config.layer_windows) else []
     if found:
         raise ValueError(f"a plain Llama has no {', '.join(found)}")

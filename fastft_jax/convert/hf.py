@@ -62,6 +62,7 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
     Raises CheckpointError for missing, unexpected or misshapen tensors, before any is read.
     """
     checkpoint = Checkpoint.open(folder)
+    names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     _check(checkpoint, requests, names, config)
     order = iter([name for request in requests for name in request.hf_names(names)])
@@ -115,7 +116,11 @@ def _check(checkpoint: Checkpoint, requests: list[Request], names: NameTable, co
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {_few(missing)}, which its config.json calls for")
     ignored = [*names.ignored, names.top["lm_head.weight"]] if config.tie_word_embeddings else list(names.ignored)
-    unexpected = [n for n in checkpoint.unexpected(expected) if not n.endswith(tuple(ignored))]
+    unexpected = [
+        n
+        for n in checkpoint.unexpected(expected)
+        if not n.endswith(tuple(ignored)) and not n.startswith(names.ignored_under)
+    ]
     if unexpected:
         raise CheckpointError(f"{checkpoint.folder} holds {_few(unexpected)}, which its config.json does not call for")
     for name, shape in expected.items():

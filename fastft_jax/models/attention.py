@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import RMSNorm, project_normed
+from fastft_jax.models.config import DecoderConfig, LayerKind
+from fastft_jax.models.layers import LayerNorm, Linear, RMSNorm, project_normed
 from fastft_jax.models.residuals import Keep
 from fastft_jax.pallas_kernels.attention import attention
 from fastft_jax.pallas_kernels.rope import rope_qkv
@@ -17,8 +17,8 @@ from fastft_jax.pallas_kernels.rope import rope_qkv
 class Sequence(NamedTuple):
     """What attention must know of a batch besides its activations; the same for every layer."""
 
-    cos: Float[Array, "B T H/2"]
-    sin: Float[Array, "B T H/2"]
+    # cos and sin of each of the decoder's rotations; P elements of a head are rotated
+    tables: tuple[tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]], ...]
     segment_ids: Int[Array, "B T"] | None = None  # documents in a row, 1.., 0 for padding; None: one document a row
     max_segments: int | None = None  # static bounds on the documents in a row and on their tokens, for kernels that
     max_document_length: int | None = None  # want them
@@ -34,46 +34,68 @@ class KVCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """`softmax(q k^T / sqrt(H)) v`, causal, with rotary positions; optional q/k RMSNorm per head (Qwen3).
+    """`softmax(scale q k^T) v`, causal, with rotary positions; optional RMSNorm of q and k, per head or of all at once.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries).
     """
 
-    def __init__(self, config: DecoderConfig, load, window: int | None):
+    def __init__(self, config: DecoderConfig, load, kind: LayerKind):
         c = config
         n, k, d = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
-        self.q_proj = load.linear("self_attn.q_proj", n, d, c.qkv_bias)
-        self.k_proj = load.linear("self_attn.k_proj", k, d, c.qkv_bias)
-        self.v_proj = load.linear("self_attn.v_proj", k, d, c.qkv_bias)
+        self.fused = c.fused_projections
+        if self.fused:
+            self.qkv_proj = load.linear("self_attn.qkv_proj", n + 2 * k, d, c.qkv_bias)
+        else:
+            self.q_proj = load.linear("self_attn.q_proj", n, d, c.qkv_bias)
+            self.k_proj = load.linear("self_attn.k_proj", k, d, c.qkv_bias)
+            self.v_proj = load.linear("self_attn.v_proj", k, d, c.qkv_bias)
         self.o_proj = load.linear("self_attn.o_proj", d, n, c.o_bias)
-        self.q_norm = RMSNorm(load("self_attn.q_norm.weight", (c.head_dim,)), c.rms_norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(load("self_attn.k_norm.weight", (c.head_dim,)), c.rms_norm_eps) if c.qk_norm else None
-        self.num_heads, self.num_kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.head_dim, self.window = c.head_dim, window
+
+        def qk_norm(name: str, width: int) -> RMSNorm | None:
+            if c.qk_norm is None:
+                return None
+            weight = load(f"self_attn.{name}.weight", (c.head_dim if c.qk_norm == "head" else width,))
+            return RMSNorm(weight, c.rms_norm_eps, plus_one=c.norm == "rms_plus_one")
+
+        self.q_norm, self.k_norm, self.qk_norm = qk_norm("q_norm", n), qk_norm("k_norm", k), c.qk_norm
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        self.softcap, self.window, self.rope = c.attention_softcap, kind.window, kind.rope
+        self.interleaved = c.rope_interleaved
+
+    @property
+    def _projections(self) -> tuple[Linear, ...]:
+        return (self.qkv_proj,) if self.fused else (self.q_proj, self.k_proj, self.v_proj)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        norm: RMSNorm,
+        norm: RMSNorm | LayerNorm | None,
         seq: Sequence,
         keep: Keep,
         cache: KVCache | None = None,
         keys: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], KVCache | None]:
-        """Attention over norm(x), x for the residual connection, and the cache with this call's keys and values
-        written at `seq.q_offset`."""
+        """Attention over norm(x) (over x without a norm), x for the residual connection, and the cache with this
+        call's keys and values written at `seq.q_offset`."""
         drop = (None,) * 4 if keys is None else keys
-        qkv, x = project_normed(norm, (self.q_proj, self.k_proj, self.v_proj), x, keep, drop[:3])
+        linears = self._projections
+        qkv, x = project_normed(norm, linears, x, keep, drop[: len(linears)])
+        if self.qk_norm == "projection":
+            qkv = self._norm_whole(qkv)
+        if self.interleaved:
+            qkv = self._halves(qkv)
+        by_head = self.qk_norm == "head"
         q, k, v = rope_qkv(
             qkv,
-            seq.cos,
-            seq.sin,
+            *seq.tables[self.rope],
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            q_norm=None if self.q_norm is None else self.q_norm.weight.get_value(),
-            k_norm=None if self.k_norm is None else self.k_norm.weight.get_value(),
-            eps=None if self.q_norm is None else self.q_norm.eps,
+            q_norm=self.q_norm.weight.get_value() if by_head else None,
+            k_norm=self.k_norm.weight.get_value() if by_head else None,
+            eps=self.q_norm.eps if by_head else None,
+            plus_one=by_head and self.q_norm.plus_one,
         )
         q, k, v = keep("q", q), keep("k", k), keep("v", v)
         if cache is not None:
@@ -85,8 +107,9 @@ class Attention(nnx.Module):
             q,
             k,
             v,
-            scale=self.head_dim**-0.5,
+            scale=self.scale,
             window=self.window,
+            softcap=self.softcap,
             q_segment_ids=seq.segment_ids,
             kv_segment_ids=seq.segment_ids if cache is None else seq.kv_segment_ids,
             q_offset=seq.q_offset,
@@ -95,6 +118,19 @@ class Attention(nnx.Module):
             keep=keep,
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1), keep, drop[3]), x, cache
+
+    def _norm_whole(self, qkv: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+        """RMSNorm over all query heads at once, and over all key heads."""
+        n, k = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, key, v = jnp.split(qkv, (n, n + k), axis=-1)
+        return jnp.concatenate([self.q_norm(q), self.k_norm(key), v], axis=-1)
+
+    def _halves(self, qkv: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+        """Query and key heads with their even elements before the odd ones: q k^T is the same in any order."""
+        wide = (self.num_heads + self.num_kv_heads) * self.head_dim
+        qk, v = jnp.split(qkv, (wide,), axis=-1)
+        pairs = qk.reshape(*qk.shape[:2], -1, self.head_dim // 2, 2)
+        return jnp.concatenate([jnp.swapaxes(pairs, -1, -2).reshape(qk.shape), v], axis=-1)
 
 
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -5,11 +5,16 @@ heads, H head width, F feed-forward width, V vocabulary, R LoRA rank, L layers, 
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding frequencies and their scaling; field names as in Hugging Face's `rope_parameters`."""
+    """Rotary embedding frequencies and their scaling; field names as in Hugging Face's `rope_parameters`.
+
+    rope_type "none", which no file says, is no rotation at all. partial_rotary_factor is the share of each head's
+    elements, the first ones, that is rotated.
+    """
 
     rope_theta: float = 10_000.0
     rope_type: str = "default"
@@ -26,6 +31,18 @@ class RopeConfig:
     high_freq_factor: float | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    partial_rotary_factor: float = 1.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many elements of a head are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
+
+
+class LayerKind(NamedTuple):
+    """What may differ between the layers of one decoder; layers of one kind can be stacked."""
+
+    window: int | None
+    rope: int  # index into DecoderConfig.ropes
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,32 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None  # RMSNorm of q and k: of every head, or of all heads at once
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # rms_plus_one: the factor is 1 + w, in float32
+    norm_bias: bool = False  # of norm "layer"
+    block: Literal["pre", "post", "sandwich", "parallel"] = "pre"  # where the norms stand: see DecoderLayer
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    gated_mlp: bool = True  # without a gate: down(act(up(x)))
+    head_bias: bool = False
+    fused_projections: bool = False  # one linear for q, k and v, and one for gate and up
+    embedding_scale: float | None = None  # rounded to the compute dtype, then multiplied
+    residual_multiplier: float = 1.0  # of what a block adds to the residual stream
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    logit_scale: float = 1.0
+    rope_interleaved: bool = False  # rotation pairs even and odd elements, not the two halves
+    second_rope: RopeConfig | None = None
+    second_rope_layers: tuple[int, ...] = ()  # the layers that rotate by second_rope
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotations; layer i uses number `layer_kinds[i].rope`."""
+        return (self.rope,) if self.second_rope is None else (self.rope, self.second_rope)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        return tuple(LayerKind(w, int(i in self.second_rope_layers)) for i, w in enumerate(self.layer_windows))
 
     @property
     def segments(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -57,7 +99,7 @@ class DecoderConfig:
         Layers of one place share their static structure, so their weights are stacked and scanned; a segment is the
         shortest pattern that repeats, e.g. one segment ((0, 2, 4), (1, 3, 5)) for local/global attention in turn.
         """
-        return plan_segments(self.layer_windows)
+        return plan_segments(self.layer_kinds)
 
     def place_of(self, layer: int) -> tuple[int, int, int]:
         """(segment, place in the pattern, row in the stack) of a layer index."""

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.attention import Attention, KVCache, Sequence
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import Embedding, Linear, RMSNorm
-from fastft_jax.models.mlp import GatedMLP
-from fastft_jax.models.remat import Policy
+from fastft_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, make_norm
+from fastft_jax.models.mlp import GatedMLP, PlainMLP
+from fastft_jax.models.remat import LAYER_INPUT, Policy
 from fastft_jax.models.residuals import Keep
 from fastft_jax.models.rope import rope_tables
 from fastft_jax.models.stack import run_layers
@@ -25,6 +25,7 @@ from fastft_jax.quant.nf4 import NF4Array
 # path inside a layer or the decoder, its shape, the layers to stack (None: not in a layer) -> array or quantised array
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
 
+HEAD_BIAS_COLUMNS = 8  # one, and zeros: GEMMs want widths in multiples of 16 bytes
 DROPOUT_KEYS_A_LAYER = 7  # one for each linear
 
 
@@ -42,14 +43,25 @@ class Loader(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """`h = x + attention(norm(x)); y = h + mlp(norm(h))`."""
+    """`h = x + attention(norm(x)); y = h + mlp(norm(h))`, or with the norms elsewhere.
+
+    block "pre" is that; "post" `h = x + norm(attention(x))` and so on; "sandwich" has both; "parallel" is
+    `y = x + attention(norm(x)) + mlp(norm(x))` with one norm.
+    """
 
     def __init__(self, config: DecoderConfig, load: Loader):
-        d, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(load("input_layernorm.weight", (d,)), eps)
-        self.self_attn = Attention(config, load, config.layer_windows[load.layers[0]])
-        self.post_attention_layernorm = RMSNorm(load("post_attention_layernorm.weight", (d,)), eps)
-        self.mlp = GatedMLP(config, load)
+        before, after = config.block != "post", config.block in ("post", "sandwich")
+        self.parallel, self.residual_multiplier = config.block == "parallel", config.residual_multiplier
+
+        def norm(path: str, present: bool) -> RMSNorm | LayerNorm | None:
+            return make_norm(config, load, path, config.hidden_size) if present else None
+
+        self.input_layernorm = norm("input_layernorm", before)
+        self.self_attn = Attention(config, load, config.layer_kinds[load.layers[0]])
+        self.attention_output_norm = norm("attention_output_norm", after)
+        self.post_attention_layernorm = norm("post_attention_layernorm", before and not self.parallel)
+        self.mlp = (GatedMLP if config.gated_mlp else PlainMLP)(config, load)
+        self.mlp_output_norm = norm("mlp_output_norm", after)
 
     def __call__(
         self,
@@ -60,14 +72,32 @@ class DecoderLayer(nnx.Module):
         keep: Keep | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         keys = None if key is None else jax.random.split(key, DROPOUT_KEYS_A_LAYER)
+        attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
         keep = Keep() if keep is None else keep
+        if self.parallel:
+            normed = self.input_layernorm(x)
+            with jax.named_scope("attention"):
+                out, _, cache = self.self_attn(normed, None, seq, keep, cache, attention_keys)
+            x = self._add(x, out)
+            with jax.named_scope("mlp"):
+                out, _ = self.mlp(normed, None, keep, mlp_keys)
+            return self._add(x, out), cache
         with jax.named_scope("attention"):
-            attention_keys = None if keys is None else keys[:4]
             out, x, cache = self.self_attn(x, self.input_layernorm, seq, keep, cache, attention_keys)
-        x = keep("mid_residual", x + out)
+            if self.attention_output_norm is not None:
+                out = self.attention_output_norm(keep("block_out", out))
+        x = keep("mid_residual", self._add(x, out))
         with jax.named_scope("mlp"):
-            out, x = self.mlp(x, self.post_attention_layernorm, keep, None if keys is None else keys[4:])
-        return x + out, cache
+            out, x = self.mlp(x, self.post_attention_layernorm, keep, mlp_keys)
+            if self.mlp_output_norm is not None:
+                out = self.mlp_output_norm(keep("block_out", out))
+        return self._add(x, out), cache
+
+    def _add(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.residual_multiplier == 1.0:
+            return x + out
+        # the multiplier itself is not rounded to a 16-bit dtype, as in torch
+        return x + (out.astype(jnp.float32) * self.residual_multiplier).astype(out.dtype)
 
 
 class Decoder(nnx.Module):
@@ -80,9 +110,9 @@ class Decoder(nnx.Module):
         self.segments = nnx.List(
             nnx.List(DecoderLayer(config, Loader(load, layers)) for layers in segment) for segment in config.segments
         )
-        self.norm = RMSNorm(top("norm.weight", (config.hidden_size,)), config.rms_norm_eps)
+        self.norm = make_norm(config, top, "norm", config.hidden_size)
         tied = config.tie_word_embeddings
-        head = None if tied else top.linear("lm_head", config.vocab_size, config.hidden_size, False)
+        head = None if tied else top.linear("lm_head", config.vocab_size, config.hidden_size, config.head_bias)
         self.lm_head = nnx.data(head)  # a tied head is None, until modules_to_save unties it
 
     def hidden_states(
@@ -102,18 +132,19 @@ class Decoder(nnx.Module):
         not see each other. max_segments and max_document_length bound them, for kernels that want to know (static).
         positions default to 0..T-1. `policy` names what the backward pass recomputes.
         """
-        x, cos, sin = self._start(input_ids, positions)
-        seq = Sequence(cos, sin, segment_ids, max_segments, max_document_length)
+        x, tables = self._start(input_ids, positions)
+        seq = Sequence(tables, segment_ids, max_segments, max_document_length)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hidden_layers)
         for segment, layers in zip(self.segments, self.config.segments, strict=True):
             stack = _Stack.of(segment)
             picked = None if keys is None else [keys[jnp.array(rows)] for rows in layers]
-            arrays = (seq.cos, seq.sin, seq.segment_ids)
+            arrays = (seq.tables, seq.segment_ids)
 
             def layer(x, trainable, frozen, index, keep, stack=stack):
-                (cos, sin, segment_ids), keys, frozen = frozen
-                here = seq._replace(cos=cos, sin=sin, segment_ids=segment_ids)
+                (tables, segment_ids), keys, frozen = frozen
+                here = seq._replace(tables=tables, segment_ids=segment_ids)
                 for p, block in enumerate(stack.layers(trainable, frozen, index)):
+                    x = x if p == 0 else keep(LAYER_INPUT, x)  # the loop itself keeps the first one's
                     x, _ = block(x, here, None, None if keys is None else keys[p][index], keep)
                 return x
 
@@ -128,8 +159,8 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Array:
         """`fn` of the embedding's output and of every layer's, stacked [L + 1, ...]: for looking inside."""
-        x, cos, sin = self._start(input_ids, positions)
-        seq = Sequence(cos, sin, segment_ids)
+        x, tables = self._start(input_ids, positions)
+        seq = Sequence(tables, segment_ids)
         seen = [fn(x)[None]]
         for segment in self.segments:
             stack = _Stack.of(segment)
@@ -158,8 +189,8 @@ class Decoder(nnx.Module):
 
         kv_segment_ids is 1 where the cache holds (or receives) a token that may be attended to, 0 elsewhere.
         """
-        x, cos, sin = self._start(input_ids, positions)
-        seq = Sequence(cos, sin, segment_ids, kv_segment_ids=kv_segment_ids, q_offset=q_offset)
+        x, tables = self._start(input_ids, positions)
+        seq = Sequence(tables, segment_ids, kv_segment_ids=kv_segment_ids, q_offset=q_offset)
         new = []
         for segment, segment_caches in zip(self.segments, caches, strict=True):
             stack = _Stack.of(segment)
@@ -186,7 +217,21 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of every position given."""
         weight = self.head_weight().astype(hidden.dtype)
-        return jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
+        if self.config.head_bias:
+            logits = logits + self.lm_head.bias.get_value().astype(jnp.float32)
+        scale, cap = self.config.logit_scale, self.config.final_softcap
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def head_product(self, hidden: Float[Array, "M D"]) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
+        """Two factors whose product is the logits before scale and cap; a head's bias is a column more."""
+        weight = self.head_weight()
+        if not self.config.head_bias:
+            return hidden, weight
+        more = ((0, 0), (0, HEAD_BIAS_COLUMNS))
+        hidden = jnp.pad(hidden, more).at[:, hidden.shape[1]].set(1)
+        return hidden, jnp.pad(weight, more).at[:, weight.shape[1]].set(self.lm_head.bias.get_value())
 
     def empty_caches(self, batch: int, length: int) -> list[list[KVCache]]:
         """Zeroed caches for `length` tokens, stacked as the layers are: k and v [L, B, S, K, H]."""
@@ -201,7 +246,10 @@ class Decoder(nnx.Module):
     def _start(self, input_ids, positions):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        return self.embed_tokens(input_ids, self.dtype), *rope_tables(self.config.rope, self.config.head_dim, positions)
+        x = self.embed_tokens(input_ids, self.dtype)
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x, tuple(rope_tables(rope, self.config.head_dim, positions) for rope in self.config.ropes)
 
 
 class _Stack(NamedTuple):
@@ -217,7 +265,7 @@ class _Stack(NamedTuple):
         definitions, trainable, frozen = [], [], []
         for place in segment:
             place = nnx.merge(*nnx.split(place))  # own containers, same arrays: expand() must not reach the caller's
-            rows = place.input_layernorm.weight.get_value().shape[0]
+            rows = jax.tree.leaves(place.self_attn.o_proj.weight.get_value())[0].shape[0]
             for _, module in nnx.iter_modules(place):
                 if isinstance(module, Linear):
                     module.expand(rows)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.glu import Activation, glu
+from fastft_jax.pallas_kernels.layer_norm import layer_norm
 from fastft_jax.pallas_kernels.rms_norm import rms_norm
 from fastft_jax.quant import fp8
 from fastft_jax.quant.fp8_mlp import fp8_mlp
@@ -78,17 +80,20 @@ def project(
 
 
 def project_normed(
-    norm: "RMSNorm",
+    norm: "RMSNorm | LayerNorm | None",
     linears: Sequence[Linear],
     x: Float[Array, "B T K"],
     keep: Keep,
     dropout_keys: Sequence[Array | None],
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T K"]]:
-    """`project(linears, norm(x))`, and x again: a residual connection that starts from it costs no extra pass."""
-    if _drops(linears, dropout_keys):
-        return project(linears, norm(x), keep, dropout_keys), x
+    """`project(linears, norm(x))`, and x again: a residual connection that starts from it costs no extra pass.
+
+    Without a norm the linears read x itself. Only RMSNorm is one op with its linears.
+    """
+    if not isinstance(norm, RMSNorm) or _drops(linears, dropout_keys):
+        return project(linears, x if norm is None else norm(x), keep, dropout_keys), x
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
-    y, x = norm_linear(x, norm.weight.get_value(), Norm(norm.eps), projections, scalings, keep)
+    y, x = norm_linear(x, norm.weight.get_value(), Norm(norm.eps, norm.plus_one), projections, scalings, keep)
     return _with_biases(y, linears), x
 
 
@@ -113,11 +118,12 @@ def runs_in_fp8(linears: Sequence[Linear], x: Float[Array, "B T K"], dropout_key
 
 
 def project_fp8_mlp(
-    norm: "RMSNorm", linears: Sequence[Linear], x: Float[Array, "B T D"], keep: Keep
+    norm: "RMSNorm", linears: Sequence[Linear], x: Float[Array, "B T D"], keep: Keep, activation: Activation = "silu"
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """`down(silu(gate(n)) * up(n))` with n = norm(x), in fp8; and x again. linears: gate, up, down."""
+    """`down(act(gate(n)) * up(n))` with n = norm(x), in fp8; and x again. linears: gate, up, down."""
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
-    return fp8_mlp(x, norm.weight.get_value(), Norm(norm.eps), projections, scalings, keep)
+    normed = Norm(norm.eps, norm.plus_one)
+    return fp8_mlp(x, norm.weight.get_value(), normed, projections, scalings, keep, activation)
 
 
 def _projection(linear: Linear) -> Projection:
@@ -147,14 +153,36 @@ def _drop(x: Float[Array, "B T K"], rate: float, key: Array) -> Float[Array, "B 
 
 
 class RMSNorm(nnx.Module):
-    """`weight * x / rms(x)`; weight [L, D]."""
+    """`weight * x / rms(x)`, or with `plus_one` `(1 + weight) * x / rms(x)`; weight [L, D]."""
 
-    def __init__(self, weight, eps: float):
+    def __init__(self, weight, eps: float, plus_one: bool = False):
         self.weight = Frozen(weight)
+        self.eps, self.plus_one = eps, plus_one
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.weight.get_value(), eps=self.eps, plus_one=self.plus_one)
+
+
+class LayerNorm(nnx.Module):
+    """`weight * (x - mean(x)) / std(x) + bias`; weight and bias [L, D], the bias may be None."""
+
+    def __init__(self, weight, bias, eps: float):
+        self.weight = Frozen(weight)
+        self.bias = nnx.data(None if bias is None else Frozen(bias))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.weight.get_value(), eps=self.eps)
+        bias = None if self.bias is None else self.bias.get_value()
+        return layer_norm(x, self.weight.get_value(), bias, eps=self.eps)
+
+
+def make_norm(config: DecoderConfig, load, path: str, width: int) -> RMSNorm | LayerNorm:
+    """The kind of norm that this decoder has, with the weights at `path`."""
+    weight = load(f"{path}.weight", (width,))
+    if config.norm == "layer":
+        bias = load(f"{path}.bias", (width,)) if config.norm_bias else None
+        return LayerNorm(weight, bias, config.rms_norm_eps)
+    return RMSNorm(weight, config.rms_norm_eps, plus_one=config.norm == "rms_plus_one")
 
 
 class Embedding(nnx.Module):

@@ -108,7 +108,12 @@ def _draw_each(draw: Callable, keys: Array, shapes: Sequence[tuple[int, ...]]) -
 
 
 def train_biases(decoder: Decoder, bias: str) -> None:
-    """`bias="all"`: every bias of the layers trains; "lora_only": those of adapted linears. float32 from here on."""
+    """`bias="all"`: every bias of the layers trains; "lora_only": those of adapted linears. float32 from here on.
+
+    NotImplementedError for "all" where norms have biases: PEFT would train those, too.
+    """
+    if bias == "all" and decoder.config.norm_bias:
+        raise NotImplementedError('bias="all" is not built yet for models whose norms have biases')
     for segment in decoder.segments:
         for place in segment:
             for _, linear in layer_linears(place):
@@ -127,6 +132,8 @@ def save_modules(decoder: Decoder, modules: Sequence[str]) -> None:
     for name in modules:
         if name not in SAVEABLE:
             raise ConfigError(f"modules_to_save={name!r} is not one of {', '.join(SAVEABLE)}")
+        if name == "lm_head" and decoder.config.head_bias:
+            raise NotImplementedError("modules_to_save=['lm_head'] is not built yet for a head with a bias")
     if decoder.lm_head is None and modules:
         decoder.lm_head = Linear(decoder.embed_tokens.weight.get_value())
     for name in modules:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastft_jax.errors import ConfigError
 
 LAYER_INPUT = "layer_input"
-RESIDUAL_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h")
+RESIDUAL_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h", "block_out")
 
 How = str | float  # "save", "offload", "recompute", or the share of the layers that save
 Policy = tuple[tuple[str, How], ...]  # a user's own table, as pairs so that it can be a static argument
@@ -20,8 +20,7 @@ Policy = tuple[tuple[str, How], ...]  # a user's own table, as pairs so that it 
 POLICIES: dict[str, Mapping[str, How]] = {
     "none": {name: "save" for name in RESIDUAL_NAMES},
     # gate_up in 7 of 32 layers: what 20 GiB leave beside an 8B model at 2 x 4096
-    "selective": {name: "save" for name in ("q", "k", "v", "attn_out", "attn_lse", "mid_residual", "lora_h")}
-    | {"gate_up": 0.22},
+    "selective": {name: "save" for name in RESIDUAL_NAMES if name != LAYER_INPUT} | {"gate_up": 0.22},
     # What a host link carries while a layer computes, and no more: two arrays of B T D a layer, 4.3 GB a step of an 8B
     # model at 2 x 4096. Measured on an H200: with q, k, v or mid_residual as well the step waits for the link.
     "offload": {LAYER_INPUT: "offload", "attn_out": "offload", "attn_lse": "save"},

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from fastft_jax.models.remat import LAYER_INPUT
 from fastft_jax.pallas_kernels.uninitialised import uninitialised
 
 
@@ -115,6 +116,7 @@ class Reader(Keep):
     def __init__(self, table: Mapping[str, str], buffers: Buffers, fetched: dict[str, Array], index: Int[Array, ""]):
         super().__init__(table)
         self._buffers, self._fetched, self._index = buffers, fetched, index
+        self._count[LAYER_INPUT] = 0  # the loop reads its own by `stored`
 
     def stored(self, key: str) -> Array:
         return self._fetched[key] if key in self._fetched else _get(self._buffers.device[key], self._index)

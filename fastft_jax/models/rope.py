@@ -18,8 +18,11 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 def rope_tables(
     config: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
-    """cos and sin of `position * inv_freq`, times the scaling's attention factor; float32."""
-    angles = positions[..., None].astype(jnp.float32) * _inv_freq(config, head_dim, positions)
+    """cos and sin of `position * inv_freq`, times the scaling's attention factor; float32.
+
+    They are as wide as half of what is rotated of a head, which partial_rotary_factor says.
+    """
+    angles = positions[..., None].astype(jnp.float32) * _inv_freq(config, config.rotary_dim(head_dim), positions)
     factor = _attention_factor(config)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -29,6 +32,8 @@ def _inv_freq(config: RopeConfig, dim: int, positions: Int[Array, "B T"]) -> Flo
     match config.rope_type:
         case "default":
             return jnp.asarray(plain)
+        case "none":
+            return jnp.zeros_like(plain)  # cos 1, sin 0: the same kernel as for other layers
         case "linear":
             return jnp.asarray(plain / np.float32(config.factor))
         case "llama3":

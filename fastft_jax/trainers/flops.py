@@ -16,7 +16,8 @@ def useful_flops(config: DecoderConfig, batch: dict[str, np.ndarray], trainable:
     tokens = int(real.sum())
     attention_width = c.num_attention_heads * c.head_dim
     qkvo = c.hidden_size * (2 * attention_width + 2 * c.num_key_value_heads * c.head_dim)
-    linears = c.num_hidden_layers * (qkvo + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+    mlp = (3 if c.gated_mlp else 2) * c.hidden_size * c.intermediate_size
+    linears = c.num_hidden_layers * (qkvo + mlp) + c.vocab_size * c.hidden_size
     keys = batch["positions"][real].astype(np.int64) + 1
     seen = {window: int(np.minimum(keys, window or keys.max(initial=0)).sum()) for window in set(c.layer_windows)}
     visible = sum(seen[window] for window in c.layer_windows)

@@ -43,14 +43,15 @@ def token_loss(
         policy=options.policy,
         dropout_key=dropout_key,
     )
-    weight = decoder.head_variable()
+    train_weight = isinstance(decoder.head_variable(), nnx.Param)
     return linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight.get_value(),
+        *decoder.head_product(hidden.reshape(-1, hidden.shape[-1])),
         batch["labels"].reshape(-1),
         chunk_size=options.chunk_size,
-        train_weight=isinstance(weight, nnx.Param),
+        train_weight=train_weight,
         with_accuracy=with_accuracy,
+        softcap=decoder.config.final_softcap,
+        logit_scale=decoder.config.logit_scale,
     )
 
 

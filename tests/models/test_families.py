@@ -52,6 +52,143 @@ def qwen(model_type, d, f, layers, heads, kv, vocab, longest=32768, **more):
     return published(model_type, d, f, layers, heads, kv, vocab, longest, rope_theta=1e6, **window, **more)
 
 
+def gemma(model_type, d, f, layers, heads, kv, **more):
+    values = published(model_type, d, f, layers, heads, kv, 256000, 8192, hidden_act="gelu_pytorch_tanh")
+    return values | {"head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0} | more
+
+
+GEMMA2 = {
+    "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+GEMMA3 = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 32768,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+
+
+def gemma3(d, f, layers, **more):
+    """The files of the multimodal releases leave out what is transformers' default."""
+    text = {"model_type": "gemma3_text", "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, **more}
+    vision = {"hidden_size": 1152, "model_type": "siglip_vision_model"}
+    return {"model_type": "gemma3", "image_token_index": 262144, "text_config": text, "vision_config": vision}
+
+
+def vision(d: int) -> int:
+    """Parameters of the same releases' SigLIP tower (So400m, 896 pixels) and of its projector: a norm and a matrix."""
+    return 416_866_032 + 1152 + 1152 * d
+
+
+def phi3(d, f, layers, heads, kv, vocab, longest, **more):
+    off = {"attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "rope_scaling": None}
+    off |= {"original_max_position_embeddings": min(longest, 4096) if vocab != 100352 else longest}
+    return published("phi3", d, f, layers, heads, kv, vocab, longest, **{"rope_theta": 10000.0, **off, **more})
+
+
+PHI4_MINI = {
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {
+        "long_factor": [
+            *(1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649),
+            *(2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533),
+            *(5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651),
+            *(14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03),
+            *(32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5),
+            *(44.16, 47.77),
+        ],
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+}
+
+
+def phi(d, f, layers, partial):
+    more = {"partial_rotary_factor": partial, "rope_theta": 10000.0, "qk_layernorm": False, "resid_pdrop": 0.1}
+    return layer_norm(published("phi", d, f, layers, 32, 32, 51200, 2048, **more | {"hidden_act": "gelu_new"}))
+
+
+def granite(d, f, attention_multiplier, logits_scaling):
+    multipliers = {"attention_multiplier": attention_multiplier, "logits_scaling": logits_scaling}
+    multipliers |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "tie_word_embeddings": True}
+    return published("granite", d, f, 40, 32, 8, 49155, 4096, attention_bias=False, mlp_bias=False, **multipliers)
+
+
+SMOLLM3 = {
+    "attention_bias": False,
+    "layer_types": ["full_attention"] * 36,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+
+
+def layer_norm(values):
+    return {key: value for key, value in values.items() if key != "rms_norm_eps"} | {"layer_norm_eps": 1e-5}
+
+
+OLMO3 = {
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+}
+COMMAND_R7B = {
+    "cache_implementation": "hybrid",
+    "layer_switch": 4,
+    "logit_scale": 0.25,
+    "model_type": "cohere2",
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+}
+
+
+def cohere(d, f, layers, heads, kv, theta, model_type="cohere", **more):
+    more = {"attention_bias": False, "logit_scale": 0.0625, "rope_theta": theta, "tie_word_embeddings": True} | more
+    return layer_norm(published(model_type, d, f, layers, heads, kv, 256000, 8192, **more))
+
+
+def stablelm(d, f, layers, heads, vocab, **more):
+    more = {"partial_rotary_factor": 0.25, "rope_theta": 10000, "use_qkv_bias": False, "qk_layernorm": False} | more
+    return layer_norm(published("stablelm", d, f, layers, heads, heads, vocab, 4096, **more))
+
+
 # name -> (config.json of the release, parameters that the safetensors index of the release counts)
 RELEASED = {
     "Llama-2-7B": (published("llama", 4096, 11008, 32, 32, 32, 32000, 4096), 6_738_415_616),
@@ -93,6 +230,86 @@ RELEASED = {
     ),
     "Qwen3-8B": (qwen("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128), 8_190_735_360),
     "Qwen3-32B": (qwen("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960, head_dim=128), 32_762_123_264),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        published("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072, use_sliding_window=False, rope_theta=1e4),
+        1_777_088_000,
+    ),
+    "DeepSeek-R1-Distill-Qwen-14B": (
+        published("qwen2", 5120, 13824, 48, 40, 8, 152064, 131072, use_sliding_window=False, rope_theta=1e6),
+        14_770_033_664,
+    ),
+    "DeepSeek-R1-Distill-Qwen-32B": (
+        published("qwen2", 5120, 27648, 64, 40, 8, 152064, 131072, use_sliding_window=False, rope_theta=1e6),
+        32_763_876_352,
+    ),
+    "Mistral-Small-24B-Base-2501": (
+        published("mistral", 5120, 32768, 40, 32, 8, 131072, 32768, sliding_window=None, head_dim=128, rope_theta=1e8),
+        23_572_403_200,
+    ),
+    "TinyLlama-1.1B": (published("llama", 2048, 5632, 22, 32, 4, 32000, 2048), 1_100_048_384),
+    "SmolLM2-135M": (
+        published("llama", 576, 1536, 30, 9, 3, 49152, 8192, tie_word_embeddings=True, rope_theta=1e5),
+        134_515_008,
+    ),
+    "SmolLM2-1.7B": (
+        published("llama", 2048, 8192, 24, 32, 32, 49152, 8192, tie_word_embeddings=True, rope_theta=130000),
+        1_711_376_384,
+    ),
+    "Yi-6B": (published("llama", 4096, 11008, 32, 32, 4, 64000, 4096, rope_theta=5e6), 6_061_035_520),
+    "Yi-34B": (published("llama", 7168, 20480, 60, 56, 8, 64000, 4096, rope_theta=5e6), 34_388_917_248),
+    "Falcon3-1B-Base": (
+        published("llama", 2048, 8192, 18, 8, 4, 131072, 8192, head_dim=256, rope_theta=1000042),
+        1_669_408_768,
+    ),
+    "Falcon3-7B-Base": (
+        published("llama", 3072, 23040, 28, 12, 4, 131072, 32768, head_dim=256, rope_theta=1000042),
+        7_455_550_464,
+    ),
+    "gemma-2b": (gemma("gemma", 2048, 16384, 18, 8, 1, hidden_act="gelu"), 2_506_172_416),
+    "gemma-7b": (gemma("gemma", 3072, 24576, 28, 16, 16, hidden_act="gelu"), 8_537_680_896),
+    "gemma-2-2b": (gemma("gemma2", 2304, 9216, 26, 8, 4, **GEMMA2), 2_614_341_888),
+    "gemma-2-9b": (gemma("gemma2", 3584, 14336, 42, 16, 8, **GEMMA2), 9_241_705_984),
+    "gemma-2-27b": (
+        gemma("gemma2", 4608, 36864, 46, 32, 16, **GEMMA2 | {"head_dim": 128, "query_pre_attn_scalar": 144}),
+        27_227_128_320,
+    ),
+    "gemma-3-270m": (gemma("gemma3_text", 640, 2048, 18, 4, 1, **GEMMA3), 268_098_176),
+    "gemma-3-1b-pt": (gemma("gemma3_text", 1152, 6912, 26, 4, 1, **GEMMA3), 999_885_952),
+    "gemma-3-4b-pt": (gemma3(2560, 10240, 34), 4_300_079_472 - vision(2560)),
+    "gemma-3-12b-pt": (
+        gemma3(3840, 15360, 48, num_attention_heads=16, num_key_value_heads=8),
+        12_187_325_040 - vision(3840),
+    ),
+    "gemma-3-27b-pt": (
+        gemma3(
+            5376, 21504, 62, num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168
+        ),
+        27_432_406_640 - vision(5376),
+    ),
+    "phi-1_5": (phi(2048, 8192, 24, 0.5), 1_418_270_720),
+    "phi-2": (phi(2560, 10240, 32, 0.4), 2_779_683_840),
+    "Phi-3-mini-4k-instruct": (phi3(3072, 8192, 32, 32, 32, 32064, 4096, sliding_window=2047), 3_821_079_552),
+    "Phi-3-medium-4k-instruct": (phi3(5120, 17920, 40, 40, 10, 32064, 4096, sliding_window=2047), 13_960_238_080),
+    "phi-4": (phi3(5120, 17920, 40, 40, 10, 100352, 16384, rope_theta=250000, sliding_window=None), 14_659_507_200),
+    "Phi-4-mini-instruct": (phi3(3072, 8192, 32, 24, 8, 200064, 131072, **PHI4_MINI), 3_836_021_760),
+    "granite-3.0-2b-base": (granite(2048, 8192, 1 / 64, 8.0), 2_533_531_648),
+    "granite-3.0-8b-base": (granite(4096, 12800, 1 / 128, 16.0), 8_170_848_256),
+    "SmolLM3-3B": (
+        published("smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, rope_theta=5e6, **SMOLLM3),
+        3_075_098_624,
+    ),
+    "OLMo-2-0425-1B": (published("olmo2", 2048, 8192, 16, 16, 16, 100352, 4096, rope_theta=5e5), 1_484_916_736),
+    "OLMo-2-1124-7B": (published("olmo2", 4096, 11008, 32, 32, 32, 100352, 4096, rope_theta=5e5), 7_298_617_344),
+    "OLMo-2-1124-13B": (published("olmo2", 5120, 13824, 40, 40, 40, 100352, 4096, rope_theta=5e5), 13_716_198_400),
+    "c4ai-command-r-v01": (cohere(8192, 22528, 40, 64, 64, 8e6), 34_980_831_232),
+    "aya-23-8B": (cohere(4096, 14336, 32, 32, 8, 1e4), 8_028_033_024),
+    "Olmo-3-1025-7B": (
+        published("olmo3", 4096, 11008, 32, 32, 32, 100278, 65536, **OLMO3),
+        7_298_011_136,
+    ),
+    "c4ai-command-r7b-12-2024": (cohere(4096, 14336, 32, 32, 8, 5e4, **COMMAND_R7B), 8_028_033_024),
+    "stablelm-3b-4e1t": (stablelm(2560, 6912, 32, 32, 50304), 2_795_443_200),
+    "stablelm-2-1_6b": (stablelm(2048, 5632, 24, 32, 100352, use_qkv_bias=True), 1_644_515_328),
 }
 
 
@@ -125,9 +342,33 @@ def test_what_a_released_config_switches_on_is_on():
     assert config("Mistral-Nemo-Base-2407").head_dim == 128 != 5120 // 32
     assert config("Llama-3.2-1B").tie_word_embeddings and not config("Llama-3.1-8B").tie_word_embeddings
     qwen2, qwen3 = config("Qwen2.5-7B"), config("Qwen3-8B")
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, None)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, "head", 128)
     assert set(qwen2.layer_windows) == {None}  # the file names a window, and says that it is not used
+    gemma2, gemma3 = config("gemma-2-27b"), config("gemma-3-27b-pt")
+    assert gemma2.layer_windows == (4096, None) * 23 and gemma2.segments == plan_segments((4096, None) * 23)
+    assert (gemma2.attention_softcap, gemma2.final_softcap, gemma2.attention_scale) == (50.0, 30.0, 1 / 12)
+    assert gemma2.embedding_scale == math.sqrt(4608) and gemma2.tie_word_embeddings
+    assert gemma3.layer_windows == ((1024,) * 5 + (None,)) * 10 + (1024,) * 2
+    assert [len(place) for segment in gemma3.segments for place in segment] == [10] * 6 + [2]
+    assert (gemma3.rope.rope_theta, gemma3.rope.rope_type, gemma3.rope.factor) == (1e6, "linear", 8.0)
+    assert (gemma3.second_rope.rope_theta, gemma3.second_rope.rope_type) == (1e4, "default")
+    assert [kind.rope for kind in gemma3.layer_kinds[:7]] == [1, 1, 1, 1, 1, 0, 1]
+    assert config("gemma-3-1b-pt").second_rope_layers == tuple(i for i in range(26) if (i + 1) % 6)
+    assert (gemma3.attention_scale, gemma3.qk_norm, gemma3.vocab_size) == (168**-0.5, "head", 262208)
+    phi = config("Phi-4-mini-instruct")
+    assert (phi.rope.rope_type, phi.rope.rotary_dim(phi.head_dim), phi.fused_projections) == ("longrope", 96, True)
+    assert phi.rope.original_max_position_embeddings == 4096
+    smollm3 = config("SmolLM3-3B")
+    assert smollm3.rope.rope_theta == 5e6 and smollm3.second_rope_layers == tuple(range(3, 36, 4))
+    olmo3, command = config("Olmo-3-1025-7B"), config("c4ai-command-r7b-12-2024")
+    assert (olmo3.rope.rope_type, olmo3.second_rope.rope_type, olmo3.layer_windows[:4]) == (
+        "yarn",
+        "default",
+        (4096, 4096, 4096, None),
+    )
+    assert command.second_rope_layers == tuple(range(3, 32, 4)) and command.layer_windows == olmo3.layer_windows
+    assert config("stablelm-3b-4e1t").rope.rotary_dim(80) == 20
 
 
 @pytest.mark.parametrize(
@@ -271,6 +512,22 @@ GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
             ["layer_types has 1 entries for 2 layers"],
         ),
         ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window=0"]),
+        (
+            {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "use_bidirectional_attention": True},
+            ["use_bidi"],
+        ),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0"]),
+        ({"model_type": "gemma3"}, ["'text_config'"]),
+        ({"model_type": "gemma2", "hidden_activation": "relu"}, ["hidden_activation='relu'", "gelu_pytorch_tanh"]),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+            ["8: one"],
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, ["partial_rotary_factor=0.2"]),
+        ({"model_type": "phi3", "attention_bias": True}, ["attention_bias=True"]),
+        ({"model_type": "cohere", "use_qk_norm": True}, ["use_qk_norm=True"]),
+        ({"model_type": "stablelm", "qk_layernorm": True}, ["qk_layernorm=True"]),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, ["no_rope_layers has 1 entries for 2 layers"]),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )

@@ -16,7 +16,16 @@ from fastft_jax.trainers.step import LossOptions, gradients
 
 # float32 on both sides: what is left is the order of sums, a few 1e-6 at logits of size 5; the project's bound is 1e-4
 TOLERANCE = 1e-4
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
+TARGETS += ["dense", "fc1", "fc2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is what these tests' time goes into."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=tiny.TINY)
@@ -26,10 +35,10 @@ def case(request, tmp_path_factory):
     return model, tiny.save(model, tmp_path_factory.mktemp(request.param))
 
 
-def load(folder, **options):
+def load(folder, load_in_4bit=False, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no tokenizer in these folders
-        return FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=False, **options)[0]
+        return FastLanguageModel.from_pretrained(folder, dtype="float32", load_in_4bit=load_in_4bit, **options)[0]
 
 
 def padded_batch() -> tuple[np.ndarray, np.ndarray]:
@@ -71,8 +80,9 @@ def test_adapter_made_by_peft_gives_its_logits_and_gradients(case, tmp_path):
         )
         labels = np.where(real, ids, -100)
         labels[1, 13] = -100  # the first real token would be predicted from padding
-        theirs = torch_gradients(model, ids, mask, labels)
-        mine = our_gradients(ours, ids, mask, labels)
+        their_loss, theirs = torch_gradients(model, ids, mask, labels)
+        our_loss, mine = our_gradients(ours, ids, mask, labels)
+        np.testing.assert_allclose(our_loss, their_loss, rtol=1e-5)
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(mine[name], value, atol=TOLERANCE, rtol=0, err_msg=name)
@@ -80,18 +90,18 @@ def test_adapter_made_by_peft_gives_its_logits_and_gradients(case, tmp_path):
         model.unload()
 
 
-def torch_gradients(model, ids, mask, labels) -> dict[str, np.ndarray]:
+def torch_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarray]]:
     loss = model(torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
     loss.backward()
     prefix, suffix = "base_model.model.", ".default.weight"
-    return {
+    return loss.item(), {
         name.removeprefix(prefix).replace(suffix, ".weight"): p.grad.numpy()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
 
 
-def our_gradients(model, ids, mask, labels) -> dict[str, np.ndarray]:
+def our_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarray]]:
     """Through the trainer's own loss; labels shifted as the data pipeline does."""
     shifted = np.full_like(labels, -100)
     shifted[:, :-1] = labels[:, 1:]
@@ -104,12 +114,15 @@ def our_gradients(model, ids, mask, labels) -> dict[str, np.ndarray]:
     batch = {name: np.asarray(value, np.int32)[None] for name, value in batch.items()}
     definition, trainable, frozen = nnx.split(model.decoder, nnx.Param, ...)
     options = LossOptions(policy="full", chunk_size=32, max_segments=1)
-    _, grads = jax.jit(gradients, static_argnums=(0, 4))(definition, trainable, frozen, batch, options, None)
+    loss, grads = jax.jit(gradients, static_argnums=(0, 4))(definition, trainable, frozen, batch, options, None)
     clone = nnx.merge(definition, grads, frozen)
-    return {name: np.asarray(value) for name, value in lora.trainable_tensors(clone, model.names).items()}
+    return float(loss), {name: np.asarray(value) for name, value in lora.trainable_tensors(clone, model.names).items()}
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "mistral-7b-v0.1", "qwen-2-window", "qwen-3"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-3.1", "mistral-7b-v0.1", "qwen-2-window", "qwen-3", "gemma-2", "gemma-3", "smollm-3"],
+)
 def test_packed_documents_give_the_logits_of_each_alone(name, tmp_path):
     model = load(tiny.save(tiny.make_model(name), tmp_path))
     rng = np.random.default_rng(1)

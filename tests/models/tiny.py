@@ -27,6 +27,11 @@ LONGROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+PARTIAL_LONGROPE = {key: value for key, value in LONGROPE.items() if key != "factor"} | {
+    "short_factor": LONGROPE["short_factor"][:6],
+    "long_factor": LONGROPE["long_factor"][:6],
+    "partial_rotary_factor": 0.75,
+}
 
 
 def _theta(theta: float, **scaling) -> dict:
@@ -53,6 +58,73 @@ TINY: dict[str, tuple[str, dict]] = {
     "qwen-2.5-tied": ("qwen2", dict(tie_word_embeddings=True) | _theta(1e6)),
     "qwen-3": ("qwen3", dict(head_dim=24) | _theta(1e6)),
     "qwen-3-tied": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "gemma": ("gemma", dict(head_dim=24, num_hidden_layers=2)),
+    "gemma-2": (
+        "gemma2",
+        dict(
+            head_dim=24,
+            num_hidden_layers=2,
+            sliding_window=8,
+            query_pre_attn_scalar=20,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=4.0,
+        ),
+    ),
+    "gemma-3": (
+        "gemma3_text",
+        dict(
+            head_dim=24,
+            sliding_window=8,
+            query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        ),
+    ),
+    "phi-3": ("phi3", dict(num_hidden_layers=2, sliding_window=8, pad_token_id=0)),
+    "phi-4-mini": (
+        "phi3",
+        dict(num_hidden_layers=2, tie_word_embeddings=True, pad_token_id=0, original_max_position_embeddings=16)
+        | _theta(1e4, **PARTIAL_LONGROPE),
+    ),
+    "phi-2": ("phi", dict(num_hidden_layers=2, num_key_value_heads=4) | _theta(1e4, partial_rotary_factor=0.5)),
+    "granite": (
+        "granite",
+        dict(
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.1,
+            logits_scaling=4.0,
+        ),
+    ),
+    "smollm-3": ("smollm3", dict(no_rope_layers=[1, 1, 0], pad_token_id=0)),
+    "olmo-2": ("olmo2", dict(num_hidden_layers=2)),
+    "olmo-3": (
+        "olmo3",
+        dict(
+            num_hidden_layers=2,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": YARN | {"rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+    ),
+    "cohere-2": (
+        "cohere2",
+        dict(num_hidden_layers=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    "cohere": ("cohere", dict(num_hidden_layers=2, logit_scale=0.25)),
+    "stablelm": ("stablelm", dict(num_hidden_layers=2, use_qkv_bias=True) | _theta(1e4, partial_rotary_factor=0.25)),
+    "stablelm-parallel": (
+        "stablelm",
+        dict(num_hidden_layers=2, use_parallel_residual=True) | _theta(1e4, partial_rotary_factor=0.25),
+    ),
 }
 
 
@@ -67,8 +139,9 @@ def make_model(name: str, **changes):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
+            if "norm" in parameter_name and parameter_name.endswith("weight"):
+                middle = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + w
+                parameter.uniform_(middle - 0.5, middle + 0.5)
             else:
                 parameter.normal_(0, 0.15)  # far enough from linear that a wrong rotation or mask shows
     return model.eval()

@@ -1,7 +1,8 @@
 """Reading `config.json` so that nothing which changes the maths is overlooked."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastft_jax.errors import CheckpointError
@@ -19,7 +20,7 @@ HARMLESS = frozenset(
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version use_bfloat16 use_cache
     unsloth_fixed unsloth_version add_cross_attention cross_attention_hidden_size pruned_heads
     num_labels model_max_length max_length min_length do_sample repetition_penalty length_penalty num_beams
-    _attn_implementation _attn_implementation_autoset""".split()
+    _attn_implementation _attn_implementation_autoset _sliding_window_pattern head_dtype""".split()
 )
 
 # Keys of other families that change the maths: with any value that switches them on, the model is not what we compute.
@@ -30,12 +31,22 @@ CHANGES_MATHS = frozenset(
     qk_layernorm attention_chunk_size no_rope_layers no_rope_layer_interval use_parallel_residual parallel_attn alibi
     use_post_norm scale_depth scale_emb dim_model_base kv_lora_rank q_lora_rank attention_sinks
     attn_temperature_tuning rope_interleaved layer_types sliding_window_pattern
-    num_nextn_predict_layers layer_norm_eps layer_norm_epsilon""".split()
+    num_nextn_predict_layers layer_norm_eps layer_norm_epsilon use_bidirectional_attention""".split()
 )
 # ... but for the value that is no change
 NEUTRAL = dict.fromkeys(
     "partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier".split(), 1.0
 )
+
+
+# transformers' names of activations -> ours
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 
 class HFConfig:
@@ -50,6 +61,10 @@ class HFConfig:
         self._read.add(key)
         value = self._values.get(key)
         return default if value is None else value
+
+    def defaults(self, **values: Any) -> None:
+        """What transformers assumes where the file does not have a key (null counts as having it)."""
+        self._values = values | self._values
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -83,24 +98,60 @@ class HFConfig:
     def model_type(self) -> str:
         return self._values.get("model_type", "")
 
-    def rope(self, default_theta: float = 10_000.0) -> RopeConfig:
-        """Rotary settings, from the published style (rope_theta, rope_scaling) or transformers 5's rope_parameters."""
+    def sliding(self, default: Sequence[bool]) -> tuple[bool, ...]:
+        """Which layers attend through a window: `layer_types`, or `default` where the file has none."""
+        kinds = self.get("layer_types")
+        if kinds is None:
+            return tuple(default)
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise CheckpointError(
+                    f"config.json: {kind!r} in layer_types is not supported for {self.model_type} models "
+                    "(supported: full_attention, sliding_attention)"
+                )
+        return tuple(kind == "sliding_attention" for kind in kinds)
+
+    def activation(self, key: str, default: str) -> str:
+        """The activation's name here."""
+        self.require(key, tuple(ACTIVATIONS), default)
+        return ACTIVATIONS[self.get(key, default)]
+
+    def rope(
+        self,
+        default_theta: float = 10_000.0,
+        *,
+        theta_key: str = "rope_theta",
+        layer_type: str | None = None,
+        partial: float | None = None,
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> RopeConfig:
+        """Rotary settings, from the published style (rope_theta, rope_scaling) or transformers 5's rope_parameters.
+
+        With `layer_type`, rope_parameters may have a table for each type of layer, and rope_scaling is that of the
+        layers with full attention. `partial` is the default of partial_rotary_factor, None for families without one.
+        `aliases` are other names of rope types.
+        """
         longest = self.count("max_position_embeddings")
-        theta, outer_original = self.get("rope_theta"), self.get("original_max_position_embeddings")
+        theta, outer_original = self.get(theta_key), self.get("original_max_position_embeddings")
         scaling = {}
-        for key in ("rope_scaling", "rope_parameters"):
+        for key in ("rope_parameters",) if layer_type == "sliding_attention" else ("rope_scaling", "rope_parameters"):
             given = self.get(key) or {}
             if not isinstance(given, dict):
                 raise CheckpointError(f"config.json: {key}={given!r} is not a table of settings")
+            if layer_type is not None and "full_attention" in given:
+                given = given.get(layer_type) or {}
             scaling |= given
+        if partial is not None:
+            partial = scaling.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor") or partial
         theta = scaling.pop("rope_theta", None) or theta or default_theta
         legacy_type = scaling.pop("type", None)
         kind = scaling.pop("rope_type", None) or legacy_type or "default"
+        kind = aliases.get(kind, kind)
         if kind not in ROPE_TYPES:
             raise CheckpointError(
                 f"config.json: rope_type={kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
             )
-        fields = RopeConfig.__dataclass_fields__
+        fields = RopeConfig.__dataclass_fields__.keys() - {"partial_rotary_factor"}
         unknown = sorted(k for k, v in scaling.items() if k not in fields and v is not None and v != NEUTRAL.get(k))
         if unknown:
             raise CheckpointError(f"config.json: rope setting {unknown[0]}={scaling[unknown[0]]!r} is not supported")
@@ -122,6 +173,7 @@ class HFConfig:
                 "rope_theta": float(_number("rope_theta", theta)),
                 "rope_type": kind,
                 "max_position_embeddings": longest,
+                "partial_rotary_factor": 1.0 if partial is None else _number("partial_rotary_factor", partial),
             }
         )
 

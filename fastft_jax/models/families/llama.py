@@ -13,7 +13,8 @@ NAMES = NameTable()
 def common(hf: HFConfig, **family: Any) -> DecoderConfig:
     """What every Llama-shaped family shares; `family` gives or overrides DecoderConfig's fields."""
     heads, layers, width = (hf.count(key) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
-    hf.require("hidden_act", ("silu", "swish"), "silu")
+    if "activation" not in family:
+        hf.require("hidden_act", ("silu", "swish"), "silu")
     if hf.get("head_dim") is None and "head_dim" not in family and width % heads:
         raise CheckpointError(f"config.json: hidden_size={width} is not a multiple of num_attention_heads={heads}")
     fields = {
@@ -27,7 +28,7 @@ def common(hf: HFConfig, **family: Any) -> DecoderConfig:
         "head_dim": hf.count("head_dim", width // heads or 1),
         "rms_norm_eps": hf.number("rms_norm_eps", 1e-6),
         "max_position_embeddings": hf.count("max_position_embeddings"),
-        "rope": hf.rope(),
+        "rope": family.get("rope") or hf.rope(),
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
         "layer_windows": (None,) * layers,
     }

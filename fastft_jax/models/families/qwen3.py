@@ -13,7 +13,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     bias = hf.get("attention_bias", False)
     return common(
         hf,
-        qk_norm=True,
+        qk_norm="head",
         qkv_bias=bias,
         o_bias=bias,
         head_dim=hf.count("head_dim", 128),

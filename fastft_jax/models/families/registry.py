@@ -9,7 +9,11 @@ from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.families.hf_config import HFConfig
 from fastft_jax.models.families.names import NameTable
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3"),
+    *("gemma", "gemma2", "gemma3_text", "gemma3"),
+    *("phi3", "phi", "granite", "smollm3", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
+)
 
 
 def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]:
@@ -27,6 +31,8 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
         )
     family = importlib.import_module(f"fastft_jax.models.families.{hf.model_type}")
+    if hasattr(family, "text_values"):  # a decoder among other parts, of which nothing else is read
+        hf = HFConfig(family.text_values(values))
     config = family.config_from_hf(hf)
     hf.finish()
     _check(config)
@@ -41,6 +47,17 @@ def _check(config: DecoderConfig) -> None:
         )
     if config.head_dim % 2:
         raise CheckpointError(f"config.json: head_dim={config.head_dim} is odd; rotary embedding pairs its elements")
+    for rope in config.ropes:
+        half = rope.rotary_dim(config.head_dim) / 2
+        if half < 1 or half != int(half):
+            raise CheckpointError(
+                f"config.json: partial_rotary_factor={rope.partial_rotary_factor!r} of head_dim={config.head_dim} is "
+                "not a whole number of pairs"
+            )
+        for key in ("short_factor", "long_factor"):
+            given = getattr(rope, key)
+            if given is not None and len(given) != half:
+                raise CheckpointError(f"config.json: {key} has {len(given)} entries, not {int(half)}: one a pair")
     if len(config.layer_windows) != config.num_hidden_layers:
         raise CheckpointError(
             f"config.json: layer_types has {len(config.layer_windows)} entries for {config.num_hidden_layers} layers"
