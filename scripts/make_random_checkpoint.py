@@ -2,9 +2,9 @@
 
     python scripts/make_random_checkpoint.py --like llama-3.1-8b OUT [--layers N] [--max-shard-size 5GB]
 
-config.json is the published one, but for the ids of the special tokens: those are of the byte-level tokenizer written
-beside it (chatml template, 260 ids), so that the folder can be trained on at once. Norms are 1, all other weights
-normal(0, 0.02). Needs numpy, ml_dtypes and tokenizers; memory for one tensor.
+config.json has what decides the published one's maths; the ids of the special tokens are of the byte-level tokenizer
+written beside it (chatml template, 260 ids), so that the folder can be trained on at once. Norms are 1, all other
+weights normal(0, 0.02). Needs numpy, ml_dtypes and tokenizers; memory for one tensor.
 """
 
 import argparse
@@ -17,127 +17,33 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fastft_jax.bench.geometries import GEOMETRIES
 from fastft_jax.convert.safetensors import atomic_folder, write_sharded
 from fastft_jax.errors import FastFTError
 
-LLAMA3_ROPE = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
+TINY = {  # of no published model: small enough for a test
     "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "mlp_bias": False,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "max_position_embeddings": 512,
     "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "use_cache": True,
+    "rope_theta": 10000.0,
+    "vocab_size": 320,
 }
-QWEN = {
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "use_sliding_window": False,
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
+COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True}
 MODELS = {
-    "llama-3.1-8b": LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rope_scaling": LLAMA3_ROPE,
-        "rope_theta": 500000.0,
-        "vocab_size": 128256,
-    },
-    "llama-3.2-1b": LLAMA
-    | {
-        "head_dim": 64,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 16,
-        "num_key_value_heads": 8,
-        "rope_scaling": LLAMA3_ROPE | {"factor": 32.0},
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "vocab_size": 128256,
-    },
-    "mistral-7b": {  # v0.1, the one with a sliding window
-        "architectures": ["MistralForCausalLM"],
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "model_type": "mistral",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": 32000,
-    },
-    "qwen2.5-7b": QWEN
-    | {
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 131072,
-        "max_window_layers": 28,
-        "model_type": "qwen2",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "sliding_window": 131072,
-        "use_mrope": False,
-        "vocab_size": 152064,
-    },
-    "qwen3-8b": QWEN
-    | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 36,
-        "model_type": "qwen3",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "num_key_value_heads": 8,
-        "rope_scaling": None,
-        "sliding_window": None,
-        "vocab_size": 151936,
-    },
-    "tiny-llama": LLAMA  # of no published model: small enough for a test
-    | {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "max_position_embeddings": 512,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "rope_theta": 10000.0,
-        "vocab_size": 320,
-    },
+    name: COMMON | {"architectures": [CLASSES[geometry["model_type"]]]} | geometry
+    for name, geometry in {**GEOMETRIES, "tiny-llama": TINY}.items()
 }
 CHATML = (
     "{% for message in messages %}"

@@ -209,6 +209,7 @@ class Loop:
             q_shape=(*shape, c.num_attention_heads, c.head_dim),
             kv_shape=(*shape, c.num_key_value_heads, c.head_dim),
             dtype=self.model.decoder.dtype,
+            softcap=c.attention_softcap,
             packed=source.packing,
             max_segments=source.max_segments,
             platform=platform,
