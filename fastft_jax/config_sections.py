@@ -51,7 +51,7 @@ class ModelSection(Options):
     load_in_4bit: bool = True
     """Keep the base's linear layers in NF4 with double quantisation."""
     compute_dtype: Literal["fp8"] | None = None
-    """Experimental: fp8 multiplies with the NF4 layers in 8 bits (Ada, Hopper), the adapter in dtype; null: dtype."""
+    """fp8: products with the NF4 layers in 8 bits (Ada, Hopper), the adapter in dtype; null: all in dtype."""
     load_in_8bit: bool = False
     """Not built yet: true is refused."""
     full_finetuning: bool = False

@@ -75,7 +75,7 @@ class FastLanguageModel:
 
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
         load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
-        random_state seeds what `generate` samples. compute_dtype="fp8" (experimental) multiplies with the NF4 layers in
+        random_state seeds what `generate` samples. compute_dtype="fp8" multiplies with the NF4 layers in
         8 bits, on GPUs of compute capability 8.9 or more; a CPU emulates it. The tokenizer is None, with a warning,
         where the folder has no tokenizer files.
         Raises CheckpointError for a folder that cannot be used, ConfigError for options that do not fit the device or

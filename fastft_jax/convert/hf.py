@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.quant.nf4 import NF4Array, quantize
+from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 
@@ -58,14 +61,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype, load_in_4bit: bool) -> Decoder:
     """The decoder of `folder` with linears in NF4 (double-quantised) or in `dtype`, everything else in `dtype`.
 
-    Host memory holds two tensors at a time: the one being quantised and the next, read ahead by a thread.
+    Matrices that bitsandbytes packed keep their codes and scales, bit for bit. Host memory holds two tensors at a time:
+    the one being quantised and the next, read ahead by a thread.
     Raises CheckpointError for missing, unexpected or misshapen tensors, before any is read.
     """
     checkpoint = Checkpoint.open(folder)
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
-    _check(checkpoint, requests, names, config)
-    order = iter([name for request in requests for name in request.hf_names(names)])
+    matrices = [request for request in requests if request.quantisable]
+    packed = packed_matrices(checkpoint, {n: request.shape for request in matrices for n in request.hf_names(names)})
+    _check(checkpoint, requests, names, config, packed)
+    wanted = [name for request in requests for name in request.hf_names(names)]
+    order = iter([part for name in wanted for part in (packed[name].tensors if name in packed else [name])])
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor() as compilers:
         ahead = _ReadAhead(checkpoint, order, pool)
         programs = {
@@ -75,6 +82,7 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
                 for request in requests
                 if len(request.shape) > 1 and request.layers is not None
                 for name in request.hf_names(names)
+                if name not in packed
             )
         }
 
@@ -84,6 +92,9 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
             if len(shape) == 1:
                 return jax.device_put(np.stack([ahead.next().astype(dtype) for _ in layers]))
+            here = [packed.get(name) for name in request.hf_names(names)]
+            if any(here):
+                return _unpacked(path, here, ahead, dtype, load_in_4bit)
             stack = None
             for i in range(len(layers)):
                 w = ahead.next()
@@ -110,7 +121,13 @@ def tensor_requests(config: DecoderConfig) -> Iterator[Request]:
     yield from asked
 
 
-def _check(checkpoint: Checkpoint, requests: list[Request], names: NameTable, config: DecoderConfig) -> None:
+def _check(
+    checkpoint: Checkpoint,
+    requests: list[Request],
+    names: NameTable,
+    config: DecoderConfig,
+    packed: dict[str, Packed],
+) -> None:
     expected = {name: request.shape for request in requests for name in request.hf_names(names)}
     missing = checkpoint.missing(expected)
     if missing:
@@ -119,11 +136,13 @@ def _check(checkpoint: Checkpoint, requests: list[Request], names: NameTable, co
     unexpected = [
         n
         for n in checkpoint.unexpected(expected)
-        if not n.endswith(tuple(ignored)) and not n.startswith(names.ignored_under)
+        if not n.endswith(tuple(ignored)) and not n.startswith(names.ignored_under) and belongs_to(n) not in packed
     ]
     if unexpected:
         raise CheckpointError(f"{checkpoint.folder} holds {_few(unexpected)}, which its config.json does not call for")
     for name, shape in expected.items():
+        if name in packed:
+            continue  # checked by its own rules
         found_dtype, found = checkpoint.info(name)
         if tuple(found) != shape:
             raise CheckpointError(
@@ -162,6 +181,36 @@ def _cast(w: np.ndarray, dtype) -> Array:
     """On the device, in `dtype`; nothing is compiled where it has that dtype already."""
     w = jax.device_put(w)
     return w if w.dtype == dtype else w.astype(dtype)
+
+
+def _unpacked(
+    path: str, packed: list[Packed | None], ahead: "_ReadAhead", dtype, load_in_4bit: bool
+) -> NF4Array | Array:
+    """The stack of one place whose matrices, some or all, are packed: NF4 as they are, or all of them in `dtype`.
+
+    A place is one array, so a single matrix in 16 bits puts all of it in 16 bits: nothing is quantised again.
+    """
+    alike = all(packed) and len({p.double for p in packed}) == 1
+    if load_in_4bit and not alike:
+        warnings.warn(
+            f"{path}: {sum(p is None for p in packed)} of {len(packed)} layers are not in 4 bits in this checkpoint, "
+            f"or not all in the same way, so all of them are kept in {jnp.dtype(dtype).name}",
+            stacklevel=2,
+        )
+    stack = None
+    for i, p in enumerate(packed):
+        part = ahead.next() if p is None else p.assemble([ahead.next() for _ in p.tensors])
+        if not (load_in_4bit and alike):
+            part = _cast(part, dtype) if p is None else dequantize(part, dtype)
+        if stack is None:
+            stack = jax.tree.map(lambda leaf: jnp.zeros((len(packed), *leaf.shape), leaf.dtype), part)
+        stack = jax.block_until_ready(_put(stack, part, np.int32(i)))
+    return stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stack, part, index):
+    return jax.tree.map(lambda leaf, p: jax.lax.dynamic_update_index_in_dim(leaf, p, index, 0), stack, part)
 
 
 class _Kind(NamedTuple):

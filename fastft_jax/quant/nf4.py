@@ -163,9 +163,15 @@ def from_bitsandbytes(
         raise ValueError(f"{weight.size} bytes and {absmax.size} scales are not an NF4 matrix of shape {shape}")
     packed = np.full(blocks * BLOCK // 2, 0x77, np.uint8)  # code 7 is zero
     packed[: weight.size] = np.asarray(weight, np.uint8).reshape(-1)
-    elements = np.stack([packed >> 4, packed & 15], axis=-1).reshape(blocks, BLOCK)
-    codes = jnp.asarray(elements[:, : BLOCK // 2] << 4 | elements[:, BLOCK // 2 :])
+    codes = _in_our_order(packed.reshape(blocks, BLOCK // 2))
     if nested_absmax is None:
         return NF4Array(codes, jnp.asarray(absmax, jnp.float32), None, None, tuple(shape))
     scale, offset = jnp.asarray(nested_absmax, jnp.float32), jnp.float32(nested_offset)
     return NF4Array(codes, jnp.asarray(absmax, jnp.uint8), scale, offset, tuple(shape))
+
+
+@jax.jit
+def _in_our_order(packed: UInt8[Array, "G 32"]) -> UInt8[Array, "G 32"]:
+    """Neighbours in a byte -> elements j and j + 32 in a byte."""
+    elements = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(-1, BLOCK)
+    return elements[:, : BLOCK // 2] << 4 | elements[:, BLOCK // 2 :]

@@ -484,7 +484,11 @@ GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
         ({"model_type": "mine", "auto_map": {"AutoModel": "x.py"}}, ["model_type='mine'", "trust_remote_code"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "'awq'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "'gptq'"]),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["quantization_config", "'bitsandbytes'"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, ["load_in_4bit=False"]),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            ["bnb_4bit_quant_type='fp4'"],
+        ),
         ({"quantization_config": "awq"}, ["quantization_config", "'awq'"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, ["hidden_size=64", "num_attention_heads=5"]),

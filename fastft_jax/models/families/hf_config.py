@@ -16,6 +16,7 @@ HARMLESS = frozenset(
     forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_range
     is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id language max_sequence_length model_type
     output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    quantization_config
     resid_pdrop embd_pdrop return_dict return_dict_in_generate sep_token_id task_specific_params temperature
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version use_bfloat16 use_cache
     unsloth_fixed unsloth_version add_cross_attention cross_attention_hidden_size pruned_heads

@@ -24,12 +24,7 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
         raise CheckpointError(
             f"config.json: model_type={hf.model_type!r} is not supported (supported: {', '.join(FAMILIES)}).{remote}"
         )
-    if values.get("quantization_config"):
-        settings = values["quantization_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise CheckpointError(
-            f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
-        )
+    check_quantization(values.get("quantization_config"))
     family = importlib.import_module(f"fastft_jax.models.families.{hf.model_type}")
     if hasattr(family, "text_values"):  # a decoder among other parts, of which nothing else is read
         hf = HFConfig(family.text_values(values))
@@ -37,6 +32,27 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
     hf.finish()
     _check(config)
     return config, family.NAMES
+
+
+def check_quantization(settings: Any) -> None:
+    """Nothing, or bitsandbytes NF4 as transformers writes it; CheckpointError for every other kind, with its name."""
+    if not settings:
+        return
+    said = settings if isinstance(settings, dict) else {"quant_method": settings}
+    method = said.get("quant_method")
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
+        )
+    needed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    absent = {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}  # their defaults
+    for key, value in needed.items():
+        found = said.get(key, said.get(f"_{key}", absent[key]))
+        if found != value:
+            raise CheckpointError(
+                f"config.json: quantization_config.{key}={found!r} cannot be read (only {value!r}); use the 16-bit "
+                "checkpoint"
+            )
 
 
 def _check(config: DecoderConfig) -> None:
