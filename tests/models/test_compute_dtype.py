@@ -49,7 +49,7 @@ def test_loss_and_adapter_gradient_stay_close_to_bfloat16(model, monkeypatch):
     assert set(computes(model).values()) == {"fp8"}
     loss, gradient = loss_and_gradient(model, "none")
     assert fused
-    for policy in ("selective", "full", "offload"):
+    for policy in ("selective", "offload"):
         again, recomputed = loss_and_gradient(model, policy)
         assert abs(again / loss - 1) < 1e-3 and cosine(recomputed, gradient) > 0.999  # recomputing quantises alike
     fused.clear()

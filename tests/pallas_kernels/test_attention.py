@@ -101,7 +101,7 @@ def compiled(window, packed):
     return run
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rows=st.tuples(documents, documents), window=st.sampled_from([None, 3]), seed=st.integers(0, 9))
 def test_packed_row_equals_each_document_alone_with_gradients(rows, window, seed):
     length = 28
@@ -130,7 +130,7 @@ def compiled_decode(window):
     return jax.jit(lambda q, k, v, offset: attention(q, k, v, scale=0.5, window=window, q_offset=offset))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cached=st.integers(0, 13), new=st.sampled_from([1, 3]), window=st.sampled_from([None, 5]))
 def test_decoding_with_a_cache_equals_the_same_rows_of_the_whole(cached, new, window):
     q, k, v = random_qkv(3, 2, 16, 16, 4, 2, 4)

@@ -53,7 +53,7 @@ def close(a, b, dtype) -> None:
     assert dtype == jnp.float32 or np.mean(a != b) < 0.1
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     m=st.sampled_from([1, 37, 70]),
     f=st.sampled_from([40, 100, 192, 344]),  # 344 is to 128 what 11008 is to 4096
@@ -104,7 +104,7 @@ def test_what_follows_is_quantised_as_after_the_ops_apart():
     assert np.linalg.norm(back8 - plain8) < 2e-3 * np.linalg.norm(plain8)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     m=st.sampled_from([1, 37]),
     d=st.sampled_from([1, 40, 192, 4097]),

@@ -59,7 +59,7 @@ def compiled(chunk_size, train_weight, with_accuracy):
     return run
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     tokens=st.sampled_from([1, 7, 16]),
     chunk_size=st.sampled_from([4, 16, 64]),  # with a tail of padding, exact, and larger than the whole

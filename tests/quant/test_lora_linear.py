@@ -55,7 +55,7 @@ def in_float64(x, dy, projections, scalings):
     return np.concatenate(ys, axis=1), dx, pairs
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 99),
     kind=st.sampled_from(["nf4", "dense"]),
