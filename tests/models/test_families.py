@@ -189,7 +189,8 @@ def stablelm(d, f, layers, heads, vocab, **more):
     return layer_norm(published("stablelm", d, f, layers, heads, heads, vocab, 4096, **more))
 
 
-# name -> (config.json of the release, parameters that the safetensors index of the release counts)
+# name -> (what of the release's config.json decides the maths, its parameters). Those from Gemma on were written down
+# without the files at hand; that count and config agree is what speaks for both.
 RELEASED = {
     "Llama-2-7B": (published("llama", 4096, 11008, 32, 32, 32, 32000, 4096), 6_738_415_616),
     "Llama-2-13B": (published("llama", 5120, 13824, 40, 40, 40, 32000, 4096), 13_015_864_320),
