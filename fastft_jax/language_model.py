@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastft_jax.convert import peft
+from fastft_jax.convert.gguf import open_gguf
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.peft_names import PREFIX
@@ -70,9 +71,12 @@ class FastLanguageModel:
         revision: str | None = None,
         random_state: int = 3407,
         compute_dtype: str | None = None,
+        tokenizer_name: str | Path | None = None,
     ) -> tuple["FastLanguageModel", Any]:
         """(model, tokenizer) from a local folder or a hub id: a base model, or a PEFT adapter with its base.
 
+        A file called *.gguf is a base, too: decoded, then quantised like any other. tokenizer_name is a folder whose
+        tokenizer is taken instead of the model's own.
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
         load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
         random_state seeds what `generate` samples. compute_dtype="fp8" multiplies with the NF4 layers in
@@ -87,7 +91,8 @@ class FastLanguageModel:
         if max_seq_length < 1:
             raise ConfigError(f"max_seq_length={max_seq_length} must be at least 1")
         check_compute_dtype(compute_dtype, load_in_4bit)
-        folder = resolve_model(str(model_name), revision=revision, token=token)
+        source, own_tokenizer = open_gguf(model_name, tokenizer_name)
+        folder = resolve_model(str(model_name), revision=revision, token=token) if source is None else source.path
         if (folder / peft.CONFIG).exists():
             return cls._from_adapter(
                 folder,
@@ -99,7 +104,7 @@ class FastLanguageModel:
                 random_state=random_state,
                 compute_dtype=compute_dtype,
             )
-        values = read_config(folder)
+        values = read_config(folder) if source is None else source.hf_config()
         if rope_scaling is not None:
             values = {k: v for k, v in values.items() if k != "rope_parameters"} | {
                 "rope_theta": values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta"),
@@ -112,7 +117,9 @@ class FastLanguageModel:
                 "was trained for; its rotary embedding is left as it is (pass rope_scaling to change it)",
                 stacklevel=2,
             )
-        decoder = load_decoder(folder, config, names, dtype=_dtype(dtype), load_in_4bit=load_in_4bit)
+        if source is not None:
+            source.bind(config, names)
+        decoder = load_decoder(source or folder, config, names, dtype=_dtype(dtype), load_in_4bit=load_in_4bit)
         set_compute_dtype(decoder, compute_dtype)
         model = cls(
             decoder,
@@ -122,7 +129,7 @@ class FastLanguageModel:
             max_seq_length=max_seq_length,
             random_state=random_state,
         )
-        return model, load_tokenizer(folder)
+        return model, load_tokenizer(Path(tokenizer_name or folder)) if own_tokenizer is None else own_tokenizer
 
     @classmethod
     def _from_adapter(cls, folder: Path, **options) -> tuple["FastLanguageModel", Any]:
@@ -269,6 +276,18 @@ class FastLanguageModel:
             {self._peft_name(name): np.asarray(value) for name, value in tensors.items()},
             overwrite=overwrite,
         )
+
+    def save_pretrained_gguf(
+        self, folder: str | Path, tokenizer: Any = None, quantization_method: str | Sequence[str] = "q4_k_m"
+    ) -> list[Path]:
+        """Write GGUF files for llama.cpp and Ollama, with the adapter merged in, and a Modelfile; returns their paths.
+
+        quantization_method: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m, q4_k_s, q4_0, q3_k_l, q3_k_m,
+        q3_k_s, q2_k, or several of them, made in one pass; "lora" is the adapter alone, which needs no tokenizer.
+        """
+        from fastft_jax.convert.gguf.export import save_model_gguf
+
+        return save_model_gguf(self, Path(folder), tokenizer, quantization_method)
 
     def continue_adapter(self, lora_options: dict[str, Any], given: set[str]) -> None:
         """Train a loaded adapter on: what shapes it is as it was saved, how it is trained may be chosen anew.

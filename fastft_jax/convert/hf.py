@@ -58,14 +58,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype, load_in_4bit: bool) -> Decoder:
-    """The decoder of `folder` with linears in NF4 (double-quantised) or in `dtype`, everything else in `dtype`.
+def load_decoder(
+    source: Path | Checkpoint, config: DecoderConfig, names: NameTable, *, dtype, load_in_4bit: bool
+) -> Decoder:
+    """The decoder of a folder or an open checkpoint: linears in NF4 (double-quantised) or `dtype`, the rest in `dtype`.
 
     Matrices that bitsandbytes packed keep their codes and scales, bit for bit. Host memory holds two tensors at a time:
     the one being quantised and the next, read ahead by a thread.
     Raises CheckpointError for missing, unexpected or misshapen tensors, before any is read.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(source) if isinstance(source, str | Path) else source
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from fastft_jax.convert.atomic import write_bytes
 from fastft_jax.convert.gguf import recipes
+from fastft_jax.convert.gguf.adapter import save_gguf_adapter
 from fastft_jax.convert.gguf.architectures import (
     Architecture,
     add_hyperparameters,
@@ -20,12 +20,11 @@ from fastft_jax.convert.gguf.architectures import (
     tensor_name,
     to_llama_cpp,
 )
-from fastft_jax.convert.gguf.encode import threads
 from fastft_jax.convert.gguf.modelfile import modelfile
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.convert.gguf.writer import File, Tensor, check_file, write_gguf
 from fastft_jax.convert.merge import MergedTensor, merged_layout
-from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.errors import ConfigError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 
@@ -74,9 +73,7 @@ def save_gguf(
         writer.add_file_type(recipes.METHODS[method][1])
         kinds = {t.name: recipes.tensor_type(method, t.name, t.shape, shape) for t in tensors}
         files.append(File(folder / f"{stem}-{method.upper()}.gguf", writer, kinds))
-    _writable(folder)
-    with ThreadPoolExecutor(threads()) as pool:
-        write_gguf(files, tensors, pool)
+    write_gguf(files, tensors)
     for file in files:
         check_file(file.path, file.kinds, tensors)
     write_bytes(folder / "Modelfile", modelfile([file.path.name for file in files], tokenizer).encode())
@@ -89,12 +86,22 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
 
 
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}; nothing was written") from error
-
-
 def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Tensor:
     return Tensor(tensor_name(t.path, t.layer), t.shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
+
+
+def save_model_gguf(model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str]) -> list[Path]:
+    """`FastLanguageModel.save_pretrained_gguf`: the methods may have "lora", the adapter alone, among them."""
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    merged = [method for method in methods if method.lower() != "lora"]
+    paths = []
+    if len(merged) < len(methods):
+        alpha = (model.peft_config or {}).get("lora_alpha", 1.0)
+        stem = file_stem(model.name_or_path)
+        path = folder.expanduser() / f"{stem}-LoRA-F32.gguf"
+        paths.append(save_gguf_adapter(model.decoder, path, name=stem, alpha=float(alpha)))
+    if merged or not methods:
+        # Command-R reads further than its max_position_embeddings says
+        context = model.hf_config.get("model_max_length") if model.decoder.config.model_type == "cohere" else None
+        paths += save_gguf(model.decoder, folder, tokenizer, merged, name=model.name_or_path, context=context)
+    return paths

@@ -7,7 +7,7 @@ offset), then the data, every tensor padded to 32 bytes. The head is made by the
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from gguf.gguf_writer import WriterState
 from jaxtyping import Float
 
 from fastft_jax.convert.atomic import check_free_space, write_all, write_file
-from fastft_jax.convert.gguf.encode import encode, encoded_bytes
+from fastft_jax.convert.gguf.encode import encode, encoded_bytes, threads
 from fastft_jax.errors import CheckpointError
 
 ALIGNMENT = 32
@@ -41,8 +41,8 @@ class File:
     kinds: dict[str, str]
 
 
-def write_gguf(files: Sequence[File], tensors: Sequence[Tensor], pool: Executor) -> None:
-    """Writes several files of the same tensors in one pass over them; each appears whole or not at all.
+def write_gguf(files: Sequence[File], tensors: Sequence[Tensor]) -> None:
+    """Writes several files of the same tensors in one pass, on every core; each appears whole or not at all.
 
     The disk is asked first for the room that all of them take. Raises CheckpointError for a full disk, and for a
     tensor with values that are not finite.
@@ -51,10 +51,14 @@ def write_gguf(files: Sequence[File], tensors: Sequence[Tensor], pool: Executor)
     sizes = [len(h) + sum(_padded(encoded_bytes(f.kinds[t.name], t.shape)) for t in tensors)
              for f, h in zip(files, heads, strict=True)]  # fmt: skip
     for folder in {file.path.parent for file in files}:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be made: {error.strerror}; nothing was written") from error
         needed = sum(size for file, size in zip(files, sizes, strict=True) if file.path.parent == folder)
         check_free_space(folder, needed, f"GGUF in {folder}")
-    _nested(files, sizes, [], lambda fds: _write(files, heads, sizes, tensors, pool, fds))
+    with ThreadPoolExecutor(threads()) as pool:
+        _nested(files, sizes, [], lambda fds: _write(files, heads, sizes, tensors, pool, fds))
 
 
 def _nested(files: Sequence[File], sizes: Sequence[int], fds: list[int], write: Callable[[list[int]], None]) -> None:
