@@ -1,0 +1,162 @@
+"""llama.cpp itself as the judge: it loads what we write, and computes and tokenises as transformers does.
+
+Runs where llama-cpp-python is installed (`pip install -e .[llama-cpp]`, which builds for minutes; CMAKE_ARGS
+"-DGGML_NATIVE=OFF" on CPUs with AMX).
+"""
+
+import ctypes
+import json
+import shutil
+import warnings
+
+import gguf_helpers as helpers
+import numpy as np
+import pytest
+import torch
+
+from fastft_jax import FastLanguageModel
+from fastft_jax.convert.gguf.recipes import METHODS
+
+llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.filterwarnings("ignore:llama.cpp ignores")
+IDS = np.random.default_rng(0).integers(4, 300, 40)
+
+
+def load(path, **options):
+    return llama_cpp.Llama(
+        str(path),
+        n_ctx=64,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        flash_attn=False,
+        type_k=0,
+        type_v=0,
+        **options,
+    )
+
+
+def logits(path, ids=IDS, **options) -> np.ndarray:
+    """float32 [T, V], with the keys and values kept in float32."""
+    model = load(path, **options)
+    model.eval([int(i) for i in ids])
+    return np.array(model.scores[: len(ids)])
+
+
+def base(folder, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return FastLanguageModel.from_pretrained(
+            folder, max_seq_length=64, dtype="float32", **{"load_in_4bit": False} | options
+        )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return helpers.byte_tokenizer()
+
+
+# ggml looks GELU up in a table of float16: 1e-3 of a value of a few units
+@pytest.mark.parametrize("name", helpers.FAMILIES)
+def test_logits_of_every_family_are_transformers(name, tokenizer, tmp_path):
+    reference = helpers.make_family(name)
+    window = next((w for w in (8,) if name == "phi-3"), None)  # ignored there: equal up to it
+    model, _ = base(helpers.save_folder(reference, tokenizer, tmp_path / "tiny"))
+    (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32")
+    with torch.no_grad():
+        expected = reference(torch.tensor(IDS)[None]).logits[0].numpy()
+    gelu = name.startswith("gemma") or name == "phi-2"
+    np.testing.assert_allclose(logits(path)[:window], expected[:window], atol=6e-3 if gelu else 5e-5)
+
+
+@pytest.fixture(scope="module")
+def wide(tokenizer, tmp_path_factory):
+    """A Llama wide enough for k-quants, with 9 layers for the recipes' layer rules; our float32 file of it, and all."""
+    folder = tmp_path_factory.mktemp("wide")
+    reference = helpers.make_family(
+        "llama-3.1", hidden_size=256, intermediate_size=256, num_hidden_layers=9, num_attention_heads=8
+    )
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.4)
+    model, _ = base(helpers.save_folder(reference, tokenizer, folder / "hf"))
+    paths = model.save_pretrained_gguf(folder / "gguf", tokenizer, list(METHODS))
+    return reference, dict(zip(METHODS, paths, strict=True))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("f32", "f16", "bf16")])
+def test_files_equal_those_of_llama_cpps_quantiser(wide, method, tmp_path):
+    """Every tensor's type and bytes, from our float32 file through llama_model_quantize."""
+    _, paths = wide
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = METHODS[method][1], 1
+    out = tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(str(paths["f32"]).encode(), str(out).encode(), ctypes.byref(options)) == 0
+    (mine, ours), (metadata, theirs) = helpers.contents(paths[method]), helpers.contents(out)
+    assert mine == metadata
+    assert {n: kind for n, (kind, _) in ours.items()} == {n: kind for n, (kind, _) in theirs.items()}
+    different = [n for n in ours if not np.array_equal(ours[n][1], theirs[n][1])]
+    assert not different
+
+
+# The mean KL divergence from transformers' float32 grows fourfold with each bit that is taken away.
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [("f32", 1e-9), ("f16", 1e-6), ("bf16", 3e-5), ("q8_0", 1e-4), ("q6_k", 1e-3), ("q4_k_m", 2e-2), ("q2_k", 0.4)],
+)
+def test_quantised_files_compute_what_their_bits_allow(wide, method, bound):
+    reference, paths = wide
+    with torch.no_grad():
+        expected = torch.log_softmax(reference(torch.tensor(IDS)[None]).logits[0].double(), -1)
+    found = torch.log_softmax(torch.tensor(logits(paths[method])).double(), -1)
+    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < bound
+
+
+@pytest.mark.parametrize("rules", ["gpt2", "llama3", "qwen2", "digits"])
+def test_byte_level_tokens_are_transformers(rules, tmp_path):
+    tokenizer = helpers.byte_tokenizer(rules, size=318)
+    check_tokens(tokenizer, tmp_path)
+
+
+def test_sentencepiece_tokens_are_transformers_without_tokenizer_model(shared_data, tmp_path):
+    """32,000 pieces of Llama 2, scores made from tokenizer.json's merges."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shared_data / "tokenizers" / "tinyllama" / "tokenizer.json"),
+                                        bos_token="<s>", eos_token="</s>", unk_token="<unk>")  # fmt: skip
+    check_tokens(tokenizer, tmp_path, vocab_size=32_000, num_hidden_layers=1, hidden_size=8, num_key_value_heads=4)
+
+
+def check_tokens(tokenizer, tmp_path, **changes):
+    folder = helpers.save_folder(helpers.make_family("llama-2", **changes), tokenizer, tmp_path / "hf")
+    (path,) = base(folder)[0].save_pretrained_gguf(tmp_path, tokenizer, "f16")
+    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    for text in helpers.TEXTS:
+        assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text
+
+
+def test_greedy_text_of_a_trained_model_is_ours(stories, tmp_path):
+    model, tokenizer = base(stories())
+    (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f16")
+    prompt = tokenizer("Once upon a time")["input_ids"]
+    ours = model.generate([prompt], max_new_tokens=40)[0]
+    theirs = load(path)
+    assert [t for t, _ in zip(theirs.generate(prompt, temp=0), ours, strict=False)] == list(ours)
+
+
+@pytest.mark.parametrize("variant", ["all7", "rslora", "layers_1_3"])
+def test_an_adapter_alone_does_what_peft_does_merged(variant, shared_data, stories, tmp_path):
+    """PEFT's own logits of the merged model, in the shared data."""
+    adapter = shutil.copytree(shared_data / "peft" / variant, tmp_path / variant)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").chmod(0o644)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(stories())}))
+    model, tokenizer = base(adapter)
+    (lora,) = model.save_pretrained_gguf(tmp_path, quantization_method="lora")
+    plain, _ = base(stories())
+    (path,) = plain.save_pretrained_gguf(tmp_path, tokenizer, "f32")
+    reference = np.load(shared_data / "peft" / variant / "reference.npz")
+    ids, expected = reference["input_ids"][0], reference["logits_merged"][0]
+    assert np.abs(logits(path, ids) - expected).max() > 0.1
+    np.testing.assert_allclose(logits(path, ids, lora_path=str(lora)), expected, atol=2e-4)
