@@ -7,6 +7,7 @@ inside the GGUF file.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,49 +55,54 @@ def derive_turns(tokenizer: Any) -> Turns | None:
     """The turns of the tokenizer's chat template, or None where it is not a sequence of them."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    try:
-        turns = _derive(tokenizer, system=True) or _derive(tokenizer, system=False)
-    except Exception:  # templates raise what they like, for roles or orders that they refuse
-        turns = None
+    turns = None
+    for system in (True, False):
+        with suppress(Exception):  # templates raise what they like, for roles or orders that they refuse
+            turns = turns or _derive(tokenizer, system)
     parts = () if turns is None else (turns.default, *turns.user, *turns.assistant, *(turns.system or ()))
     return None if any("{{" in part or '"""' in part for part in parts) else turns
 
 
 def _derive(tokenizer: Any, system: bool) -> Turns | None:
-    def render(*contents: str, prompt: bool) -> str:
-        roles = {_SYSTEM: "system", _REPLY: "assistant"}
-        messages = [{"role": roles.get(c, "user"), "content": c} for c in contents]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    """Prompts are lead, user, middle, reply, again, user, middle: each cut between two of the marks."""
+
+    def render(contents: Sequence[str], prompt: bool = True) -> str:
+        text = tokenizer.apply_chat_template(_messages(contents), tokenize=False, add_generation_prompt=prompt)
         return text.removeprefix(tokenizer.bos_token or "")  # llama.cpp adds it
 
+    first = [_SYSTEM, _USER] if system else [_USER]
     try:
-        first = [_SYSTEM, _USER] if system else [_USER]
-        lone, user_end = render(_USER, prompt=False).split(_USER)
-        _, middle, after, rest = _cut(render(*first, _REPLY, _AGAIN, prompt=False), _USER, _REPLY, _AGAIN)
-        if rest != user_end or not middle.startswith(user_end):
-            return None
-        reply = middle.removeprefix(user_end)
-        closed = render(*first, _REPLY, prompt=False).split(_REPLY)[1]  # the end of a reply, where it is the last
-        if not after.startswith(closed):
-            return None
-        user = after.removeprefix(closed)
-        around = None
-        if system:
-            before, between, _ = _cut(render(*first, prompt=False), _SYSTEM, _USER)
-            if not between.endswith(user):
-                return None
-            around = before, between.removesuffix(user)
-        if not lone.endswith(user):
-            return None
-        turns = Turns(around, (user, user_end), (reply, closed), lone.removesuffix(user))
+        lead, middle = _cut(render([_USER]), _USER)
+        *around, _, again, _ = _cut(render([*first, _REPLY, _AGAIN]), *first, _REPLY, _AGAIN)
     except ValueError:  # a mark that is missing, or there twice
         return None
-    for contents in (first, [*first, _REPLY, _AGAIN], [_USER], [_USER, _REPLY, _AGAIN]):
-        roles = {_SYSTEM: "system", _REPLY: "assistant"}
-        messages = [{"role": roles.get(c, "user"), "content": c} for c in contents]
-        if turns.render(messages) != render(*contents, prompt=True):
+    user = _common_end([lead, again, *around[1:]])
+    end, plain = again.removesuffix(user), render([_USER], prompt=False)
+    if render([_USER]).startswith(plain):
+        reply = render([_USER]).removeprefix(plain)
+    else:
+        reply = middle.removeprefix(end) if end else ""
+    turns = Turns(
+        system=(around[0], around[1].removesuffix(user)) if system else None,
+        user=(user, middle.removesuffix(reply)),
+        assistant=(reply, end),
+        default=lead.removesuffix(user),
+    )
+    for contents in ([_USER], [_USER, _REPLY, _AGAIN], first, [*first, _REPLY, _AGAIN]):
+        if turns.render(_messages(contents)) != render(contents):
             return None
     return turns
+
+
+def _messages(contents: Sequence[str]) -> list[dict[str, str]]:
+    roles = {_SYSTEM: "system", _REPLY: "assistant"}
+    return [{"role": roles.get(content, "user"), "content": content} for content in contents]
+
+
+def _common_end(texts: Sequence[str]) -> str:
+    shortest = min(map(len, texts))
+    same = next((n for n in range(shortest) if len({text[-1 - n] for text in texts}) > 1), shortest)
+    return texts[0][len(texts[0]) - same :]
 
 
 def _cut(text: str, *marks: str) -> list[str]:

@@ -54,7 +54,7 @@ TEKKEN = (
 
 def pre_tokenizer_name(tokenizer: Any, description: dict[str, Any]) -> str:
     """The name for a tokenizer whose tokenizer.json is `description`; CheckpointError for unknown rules."""
-    made = hashlib.sha256(str(tokenizer.encode(PROBE)).encode()).hexdigest()
+    made = hashlib.sha256(str(tokenizer(PROBE, verbose=False)["input_ids"]).encode()).hexdigest()
     name = RELEASED.get(made) or _by_rules(description)
     if name is None:
         raise CheckpointError(
