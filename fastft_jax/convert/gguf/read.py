@@ -34,7 +34,11 @@ class GGUFFile:
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata."""
         field = self._reader.fields.get(key)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        value = field.contents()
+        # the shortest decimal of a float32: 1e-05 where it would be 9.99999974e-06
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 class GGUFModel(GGUFFile):

@@ -32,12 +32,11 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
             f"{file.path}: tokenizers of kind {kind!r} cannot be read (can be: llama, gpt2); pass tokenizer_name=..."
         )
     made = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_level(file, tokens, types)
-    special = [i for i, t in enumerate(types) if t in (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)]
+    unknown = file.get("tokenizer.ggml.unknown_token_id")
+    special = [i for i, t in enumerate(types) if t == gguf.TokenType.CONTROL or i == unknown]
     own = [i for i, t in enumerate(types) if t == gguf.TokenType.USER_DEFINED]
-    for i in sorted(special + own):  # in the order of their ids, which those outside of the vocabulary get in turn
-        made.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special)])
-    if any(made.token_to_id(tokens[i]) != i for i in special + own):
-        raise CheckpointError(f"{file.path}: the added tokens' ids have gaps; pass tokenizer_name=...")
+    made.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in own])
+    made.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in special])
     names = {
         f"{name}_token": tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -53,7 +52,7 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
 
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     pre = file.get("tokenizer.ggml.pre", "default")
-    vocab = {t: i for i, t in enumerate(tokens) if types[i] == gguf.TokenType.NORMAL}
+    vocab = {t: i for i, t in enumerate(tokens) if types[i] != gguf.TokenType.UNUSED}
     merges = [tuple(pair.split(" ")) for pair in file.get("tokenizer.ggml.merges", [])]
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre in _CUTS:
@@ -73,13 +72,14 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenize
 def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     """Pieces join in the order of their scores: each way to cut a piece in two known ones is a merge of its rank."""
     scores = file.get("tokenizer.ggml.scores")
-    vocab = {t: i for i, t in enumerate(tokens) if types[i] not in (gguf.TokenType.UNUSED, gguf.TokenType.USER_DEFINED)}
+    vocab = {t: i for i, t in enumerate(tokens) if types[i] != gguf.TokenType.UNUSED}
+    pieces = {t for i, t in enumerate(tokens) if types[i] == gguf.TokenType.NORMAL}
     merges = [
         (-scores[i], i, k)
         for i, piece in enumerate(tokens)
         if types[i] == gguf.TokenType.NORMAL
         for k in range(1, len(piece))
-        if piece[:k] in vocab and piece[k:] in vocab
+        if piece[:k] in pieces and piece[k:] in pieces
     ]
     pairs = [(tokens[i][:k], tokens[i][k:]) for _, i, k in sorted(merges)]
     unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
