@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.errors import CheckpointError
 from fastft_jax.quant.nf4 import NF4Array
 
@@ -158,3 +159,15 @@ def test_another_tokenizer_can_be_named(llama, tmp_path):
     other.save_pretrained(tmp_path)
     _, tokenizer = load(llama[2]["f16"], tokenizer_name=tmp_path)
     assert tokenizer("Hello 12345")["input_ids"] == other("Hello 12345")["input_ids"]
+
+
+def test_metadata_and_values_are_those_that_the_gguf_package_reads(llama):
+    for method in ("q4_k_m", "bf16"):
+        path = llama[2][method]
+        ours, (metadata, tensors) = GGUFFile(path), helpers.contents(path)
+        for key, value in metadata.items():
+            assert ours.get(key) == (pytest.approx(value, rel=1e-7) if isinstance(value, float) else value), key
+        assert ours.tensors.keys() == tensors.keys()
+        for name, (kind, data) in tensors.items():
+            expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+            np.testing.assert_array_equal(ours.decode(name), expected.reshape(ours.tensors[name].shape))

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.pre_tokenizers import pre_tokenizer_name
-from fastft_jax.convert.gguf.read import GGUFFile
 from fastft_jax.convert.gguf.tokenizer import gguf_tokenizer
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.errors import CheckpointError

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import ml_dtypes
 import numpy as np
 
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp, tensor_name
 from fastft_jax.convert.gguf.encode import TYPES
+from fastft_jax.convert.gguf.file import PLAIN, GGUFFile
 from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig, RopeConfig
@@ -17,28 +16,6 @@ from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.rope import llama3_divisors
 
 READABLE = ("llama", "qwen2", "qwen3")  # GGUF's names of the architectures that can be read
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-
-
-class GGUFFile:
-    """One file: its metadata, and its tensors' table. CheckpointError for a file that is missing or damaged."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        try:
-            self._reader = gguf.GGUFReader(self.path)
-        except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-            raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from error
-        self.tensors = {t.name: t for t in self._reader.tensors}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A value of the metadata."""
-        field = self._reader.fields.get(key)
-        if field is None:
-            return default
-        value = field.contents()
-        # the shortest decimal of a float32: 1e-05 where it would be 9.99999974e-06
-        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 class GGUFModel(GGUFFile):
@@ -61,11 +38,10 @@ class GGUFModel(GGUFFile):
                 f"{path}: GGUF models of architecture {self.architecture!r}{experts} cannot be read "
                 f"(can be: {', '.join(READABLE)})"
             )
-        for tensor in self.tensors.values():
-            if tensor.tensor_type.name not in TYPES:
+        for name, tensor in self.tensors.items():
+            if tensor.kind not in TYPES:
                 raise CheckpointError(
-                    f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be read "
-                    f"(can be: {', '.join(TYPES)})"
+                    f"{path}: {name} is of type {tensor.kind}, which cannot be read (can be: {', '.join(TYPES)})"
                 )
         self._names: dict[str, str] = {}
         self._ours: dict[str, str] = {}
@@ -87,7 +63,7 @@ class GGUFModel(GGUFFile):
             raise CheckpointError(f"{self.path}: rope.dimension_count is not the head's width of {head_dim}")
         values = {
             "model_type": self.architecture,
-            "vocab_size": int(self.tensors["token_embd.weight"].shape[1]),
+            "vocab_size": self.tensors["token_embd.weight"].shape[0],
             "hidden_size": width,
             "intermediate_size": self.key("feed_forward_length"),
             "num_hidden_layers": self.key("block_count"),
@@ -121,7 +97,7 @@ class GGUFModel(GGUFFile):
             raise CheckpointError(f"{self.path}: rope scaling {kind!r} cannot be read")
         if "rope_freqs.weight" not in self.tensors:
             return None
-        divisors = self._decode("rope_freqs.weight")
+        divisors = self.decode("rope_freqs.weight")
         for original in (8192, *(2**k for k in range(4, 21))):
             scaling = {
                 "factor": float(divisors.max()),
@@ -152,11 +128,11 @@ class GGUFModel(GGUFFile):
 
     def info(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         tensor = self.tensors[self._names[name]]
-        return _PLAIN.get(tensor.tensor_type.name, _PLAIN["F32"]), tuple(int(n) for n in reversed(tensor.shape))
+        return PLAIN.get(tensor.kind, PLAIN["F32"]), tensor.shape
 
     def read(self, name: str) -> np.ndarray:
         theirs = self._names[name]
-        w = from_llama_cpp(self._ours[theirs], self._decode(theirs), self._config, self._architecture)
+        w = from_llama_cpp(self._ours[theirs], self.decode(theirs), self._config, self._architecture)
         return np.ascontiguousarray(w.astype(self.info(name)[0], copy=False))
 
     def path_of(self, name: str) -> Path:
@@ -168,9 +144,3 @@ class GGUFModel(GGUFFile):
     def unexpected(self, expected: Iterable[str]) -> list[str]:
         known = set(expected)
         return [name for name in self._names if name not in known]
-
-    def _decode(self, name: str) -> np.ndarray:
-        """float32, in numpy's shape; 16-bit floats stay what they are worth."""
-        tensor = self.tensors[name]
-        w = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return w.reshape([int(n) for n in reversed(tensor.shape)])

@@ -5,8 +5,8 @@ from typing import Any
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.pre_tokenizers import LLAMA3, QWEN2, TEKKEN
-from fastft_jax.convert.gguf.read import GGUFFile
 from fastft_jax.errors import CheckpointError
 
 _SPACE = "\u2581"

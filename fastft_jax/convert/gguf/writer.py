@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from fastft_jax.convert.atomic import check_free_space, write_all, write_file
 from fastft_jax.convert.gguf.encode import encode, encoded_bytes, threads
+from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.errors import CheckpointError
 
 ALIGNMENT = 32
@@ -117,8 +118,7 @@ def _padded(n: int) -> int:
 
 def check_file(path: Path, kinds: dict[str, str], tensors: Sequence[Tensor]) -> None:
     """Reads the file's table back and compares; CheckpointError where it is not what was to be written."""
-    reader = gguf.GGUFReader(path)
-    found = {t.name: (tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name) for t in reader.tensors}
+    found = {name: (t.shape, t.kind) for name, t in GGUFFile(path).tensors.items()}
     for tensor in tensors:
         if found.pop(tensor.name, None) != (tensor.shape, kinds[tensor.name]):
             raise CheckpointError(f"{path}: {tensor.name} read back is not what was written")
