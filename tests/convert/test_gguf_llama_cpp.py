@@ -9,6 +9,7 @@ import json
 import shutil
 import warnings
 
+import gguf
 import gguf_helpers as helpers
 import numpy as np
 import pytest
@@ -82,13 +83,13 @@ def wide(tokenizer, tmp_path_factory):
                 parameter.mul_(0.4)
     model, _ = base(helpers.save_folder(reference, tokenizer, folder / "hf"))
     paths = model.save_pretrained_gguf(folder / "gguf", tokenizer, list(METHODS))
-    return reference, dict(zip(METHODS, paths, strict=True))
+    return reference, dict(zip(METHODS, paths, strict=True)), model, tokenizer
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("f32", "f16", "bf16")])
 def test_files_equal_those_of_llama_cpps_quantiser(wide, method, tmp_path):
     """Every tensor's type and bytes, from our float32 file through llama_model_quantize."""
-    _, paths = wide
+    _, paths, *_ = wide
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.nthread = METHODS[method][1], 1
     out = tmp_path / "theirs.gguf"
@@ -100,11 +101,39 @@ def test_files_equal_those_of_llama_cpps_quantiser(wide, method, tmp_path):
     assert not different
 
 
+@pytest.mark.parametrize("method", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k"])
+def test_files_with_an_importance_matrix_equal_llama_cpps(wide, method, tmp_path):
+    _, paths, model, tokenizer = wide
+    rng, entries = np.random.default_rng(1), (llama_cpp.llama_cpp.llama_model_imatrix_data * 64)()
+    writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "imatrix")
+    names = [n for n, (_, data) in helpers.contents(paths["f32"])[1].items() if "blk" in n and data.ndim == 2]
+    kept = []
+    for entry, name in zip(entries, names[:-3], strict=False):  # some weights were never seen
+        sums, counts = rng.lognormal(sigma=2, size=(1, 256)).astype(np.float32), np.full((1, 1), 2, np.float32)
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", counts)
+        kept.append(np.ascontiguousarray(sums / 2))
+        entry.name, entry.data, entry.size = name.encode(), kept[-1].ctypes.data_as(ctypes.POINTER(ctypes.c_float)), 256
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (ours,) = model.save_pretrained_gguf(tmp_path / "out", tokenizer, method, tmp_path / "imatrix.gguf")
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread, options.imatrix = METHODS[method][1], 1, entries
+    out = tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(str(paths["f32"]).encode(), str(out).encode(), ctypes.byref(options)) == 0
+    mine, theirs, plain = (helpers.contents(path)[1] for path in (ours, out, paths[method]))
+    assert {n: kind for n, (kind, _) in mine.items()} == {n: kind for n, (kind, _) in theirs.items()}
+    assert not [n for n in mine if not np.array_equal(mine[n][1], theirs[n][1])]
+    assert not np.array_equal(mine[names[0]][1], plain[names[0]][1])
+
+
 # Mean KL divergence from transformers in float32; it grows with the square of the error, and llama.cpp rounds the
 # activations as it finds the weights. Twice and more of what was measured for this random model of 9 layers.
 @pytest.mark.parametrize(("method", "bound"), [("f16", 4e-6), ("bf16", 3e-4), ("q8_0", 2e-3), ("q4_k_m", 0.1)])
 def test_quantised_files_compute_what_their_bits_allow(wide, method, bound):
-    reference, paths = wide
+    reference, paths, *_ = wide
     with torch.no_grad():
         expected = torch.log_softmax(reference(torch.tensor(IDS)[None]).logits[0].double(), -1)
     found = torch.log_softmax(torch.tensor(logits(paths[method])).double(), -1)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fastft_jax.convert.gguf import encode, recipes
-from fastft_jax.errors import ConfigError
+from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
+from fastft_jax.errors import CheckpointError, ConfigError
 
 BLOCK_TYPES = [kind for kind in encode.TYPES if kind not in ("F32", "F16", "BF16")]
 
@@ -112,3 +113,48 @@ def test_an_unknown_method_lists_the_known():
     assert recipes.resolve_method("Q4_K_M") == "q4_k_m"
     with pytest.raises(ConfigError, match="'q4_k_xl' is not one of f32, f16"):
         recipes.resolve_method("q4_k_xl")
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_importance_moves_the_error_to_columns_that_do_not_matter(kind, pool, monkeypatch):
+    """The weighted error falls against the plain encoder's; in pieces that cut rows, the bytes stay the same."""
+    rng = np.random.default_rng(2)
+    w = rng.standard_normal((8, 768)).astype(np.float32)
+    importance = rng.lognormal(sigma=2, size=768).astype(np.float32)
+    plain, weighted = (np.concatenate(list(encode.encode(kind, w, pool, i))) for i in (None, importance))
+    errors = [float((importance * (decoded(kind, data, w.shape) - w) ** 2).sum()) for data in (plain, weighted)]
+    assert errors[1] < 0.9 * errors[0]
+    monkeypatch.setattr(encode, "_CHUNK", 512)
+    np.testing.assert_array_equal(np.concatenate(list(encode.encode(kind, w, pool, importance))), weighted)
+
+
+def imatrix(path, tensors):
+    writer = gguf.GGUFWriter(path, "imatrix")
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.asarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_importance_matrix_holds_means_and_is_this_models(tmp_path):
+    whole = {"a.weight.in_sum2": [[2.0, 6.0]], "a.weight.counts": [[4.0]]}
+    never = {"b.weight.in_sum2": [[0.0, 0.0]], "b.weight.counts": [[0.0]]}
+    means = read_imatrix(imatrix(tmp_path / "m.gguf", whole | never))
+    np.testing.assert_array_equal(means["a.weight"], [0.5, 1.5])
+    np.testing.assert_array_equal(means["b.weight"], [1, 1])
+    check_imatrix("m", means, {"a.weight": (3, 2)})
+    with pytest.raises(CheckpointError, match="a.weight has 2 columns, this model's has 3"):
+        check_imatrix("m", means, {"a.weight": (2, 3)})
+    with pytest.raises(CheckpointError, match="which this model does not have"):
+        check_imatrix("m", means, {"c.weight": (2, 2)})
+    for tensors, message in (
+        ({"a.weight.in_sum2": [[1.0]]}, "a.weight has no counts"),
+        ({"a.weight.in_sum2": [[np.inf]], "a.weight.counts": [[1.0]]}, "not finite"),
+        ({"a.weight.in_sum2": [[1.0], [1.0]], "a.weight.counts": [[1.0], [1.0]]}, "of 2 experts"),
+        ({"a.weight": [[1.0]]}, "is not an importance matrix"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_imatrix(imatrix(tmp_path / "wrong.gguf", tensors))

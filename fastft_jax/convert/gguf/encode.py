@@ -26,14 +26,18 @@ def encoded_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def encode(kind: str, w: Float[np.ndarray, "*N K"], pool: Executor) -> Iterator[UInt8[np.ndarray, "bytes"]]:
-    """The bytes of w in row order, in pieces; `pool`'s threads work ahead of the reader. ValueError for a row that is
-    no multiple of `block_size(kind)`.
+def encode(
+    kind: str, w: Float[np.ndarray, "*N K"], pool: Executor, importance: Float[np.ndarray, "K"] | None = None
+) -> Iterator[UInt8[np.ndarray, "bytes"]]:
+    """The bytes of w in row order, in pieces; `pool`'s threads work ahead of the reader.
+
+    importance: how much each column matters, which k-quants look at. ValueError for a row that is no multiple of
+    `block_size(kind)`.
     """
     if w.shape[-1] % block_size(kind):
         raise ValueError(f"rows of {w.shape[-1]} are no multiple of {kind}'s blocks of {block_size(kind)}")
-    flat = w.reshape(-1)
-    yield from pool.map(partial(_piece, kind), (flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK)))
+    flat, starts = w.reshape(-1), range(0, w.size, _CHUNK)
+    yield from pool.map(partial(_piece, kind, importance), starts, (flat[i : i + _CHUNK] for i in starts))
 
 
 def threads() -> int:
@@ -41,12 +45,15 @@ def threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _piece(kind: str, flat: np.ndarray) -> UInt8[np.ndarray, "bytes"]:
+def _piece(kind: str, importance: np.ndarray | None, start: int, flat: np.ndarray) -> UInt8[np.ndarray, "bytes"]:
     x = np.ascontiguousarray(flat, np.float32)
     if kind == "F32":
         return x.view(np.uint8)
     if kind == "F16":
         return x.astype(np.float16).view(np.uint8)
     if kind in k_quants.ENCODERS:
-        return k_quants.ENCODERS[kind](x.reshape(-1, k_quants.SUPER_BLOCK)).reshape(-1)
+        blocks = (-1, k_quants.SUPER_BLOCK)
+        if importance is not None:  # of every row the same
+            importance = np.resize(np.roll(importance, -start % len(importance)), x.size).reshape(blocks)
+        return k_quants.ENCODERS[kind](x.reshape(blocks), importance).reshape(-1)
     return gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind]).reshape(-1).view(np.uint8)

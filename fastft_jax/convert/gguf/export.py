@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fastft_jax.convert.gguf.architectures import (
     tensor_name,
     to_llama_cpp,
 )
+from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
 from fastft_jax.convert.gguf.modelfile import modelfile
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.convert.gguf.writer import File, Tensor, check_file, write_gguf
@@ -37,11 +39,13 @@ def save_gguf(
     *,
     name: str,
     context: int | None = None,
+    imatrix_file: Path | str | None = None,
 ) -> list[Path]:
     """Writes `folder/NAME-METHOD.gguf` for each method, in one pass over the weights, and a Modelfile for Ollama.
 
     name: the model's, of which the last part is taken. context: how many tokens the model is said to read, by default
-    the decoder's max_position_embeddings. Files of the same name are replaced, each at once and when it is complete.
+    the decoder's max_position_embeddings. imatrix_file: an importance matrix that k-quants follow. Files of the same
+    name are replaced, each at once and when it is complete.
     Raises CheckpointError for a family, tokenizer or decoder that llama.cpp does not know, ConfigError for an unknown
     method.
     """
@@ -54,6 +58,10 @@ def save_gguf(
     layout = merged_layout(decoder)
     tensors = [Tensor(n, w.shape, partial(np.asarray, w)) for n, w in extra_tensors(config)]
     tensors += [_tensor(t, config, architecture) for t in layout]
+    if imatrix_file is not None:
+        means = read_imatrix(imatrix_file)
+        check_imatrix(imatrix_file, means, {t.name: t.shape for t in tensors})
+        tensors = [replace(t, importance=means.get(t.name)) for t in tensors]
     shape = recipes.Shape(
         architecture.name,
         config.num_hidden_layers,
@@ -90,7 +98,9 @@ def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) 
     return Tensor(tensor_name(t.path, t.layer), t.shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
 
 
-def save_model_gguf(model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str]) -> list[Path]:
+def save_model_gguf(
+    model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str], imatrix_file: Path | str | None = None
+) -> list[Path]:
     """`FastLanguageModel.save_pretrained_gguf`: the methods may have "lora", the adapter alone, among them."""
     methods = [methods] if isinstance(methods, str) else list(methods)
     merged = [method for method in methods if method.lower() != "lora"]
@@ -103,5 +113,6 @@ def save_model_gguf(model: Any, folder: Path, tokenizer: Any, methods: str | Seq
     if merged or not methods:
         # Command-R reads further than its max_position_embeddings says
         context = model.hf_config.get("model_max_length") if model.decoder.config.model_type == "cohere" else None
-        paths += save_gguf(model.decoder, folder, tokenizer, merged, name=model.name_or_path, context=context)
+        options = {"name": model.name_or_path, "context": context, "imatrix_file": imatrix_file}
+        paths += save_gguf(model.decoder, folder, tokenizer, merged, **options)
     return paths

@@ -31,11 +31,12 @@ def affine(
     *,
     start: float,
     steps: int,
+    step: float = 0.1,
     absolute: bool = False,
 ) -> Affine:
     """Scale and floor that minimise sum(w * (scale code - floor - x)^2), or with `absolute` sum(w * |...|).
 
-    Candidates: the plain range, then for i = 0..steps the codes rint((x - min) (nmax + start + i/10) / (max - min))
+    Candidates: the plain range, then for i = 0..steps the codes rint((x - min) (nmax + start + i step) / (max - min))
     with the weighted least-squares scale and floor of those codes, `min` being that of the best candidate so far.
     """
     minimum, high = np.minimum(x.min(0), _F(0)), x.max(0)
@@ -64,7 +65,7 @@ def affine(
     scale = 1 / inverse
     best = error(scale, minimum)
     for i in range(steps + 1):
-        trial = (_F(start) + _F(0.1) * _F(i) + _F(nmax)) / (high - minimum)
+        trial = (_F(start) + _F(step) * _F(i) + _F(nmax)) / (high - minimum)
         round_by(trial)
         np.multiply(weights, codes, out=work)
         sum_l = work.sum(0)
@@ -95,15 +96,16 @@ class Symmetric(NamedTuple):
     inverse: Float[np.ndarray, "M"]
 
 
-def symmetric(x: Float[np.ndarray, "n M"], nmax: int) -> Symmetric:
-    """The scale that minimises sum(x^2 (scale code - x)^2) over the codes rint(-x (nmax + i/10) / extreme).
+def symmetric(x: Float[np.ndarray, "n M"], nmax: int, weights: Float[np.ndarray, "n M"] | None = None) -> Symmetric:
+    """The scale that minimises sum(w (scale code - x)^2) over the codes rint(-x (nmax + i/10) / extreme).
 
-    i = -9..9; `extreme` is the element of largest magnitude, which gets the code -nmax.
+    w = x^2 without weights; i = -9..9; `extreme` is the element of largest magnitude, which gets the code -nmax.
     """
     extreme = _extreme(x)
     zero = np.abs(extreme) < _TINY
     extreme = np.where(zero, _F(1), extreme)
-    codes, weights, work = np.empty_like(x), x * x, np.empty_like(x)
+    codes, work = np.empty_like(x), np.empty_like(x)
+    weights = x * x if weights is None else weights
     scale = inverse = best = None
     for i in (0, *range(-9, 0), *range(1, 10)):
         trial = -(_F(nmax) + _F(0.1) * _F(i)) / extreme
@@ -133,28 +135,56 @@ def coordinate_descent(x: Float[np.ndarray, "n M"], nmax: int) -> tuple[Float[np
     zero = np.abs(extreme) < _TINY
     inverse = _F(-nmax) / np.where(zero, _F(1), extreme)
     codes = np.clip(np.rint(inverse * x), _F(-nmax), _F(nmax - 1))
-    weights = x * x
+    scale = _refine(x, x * x, codes, -nmax, nmax - 1)
+    scale[zero] = 0
+    codes[:, zero] = -nmax  # the reference leaves stored zeros there
+    return scale, codes
+
+
+def positive(
+    x: Float[np.ndarray, "n M"], nmax: int, weights: Float[np.ndarray, "n M"]
+) -> tuple[Float[np.ndarray, "M"], Float[np.ndarray, "n M"]]:
+    """(scale, codes 0..nmax) for values of at least 0: the best of nine roundings, then each code in turn."""
+    largest = np.maximum(x.max(0), 0)
+    zero = largest < _TINY
+    largest = np.where(zero, _F(1), largest)
+    inverse = best = None
+    for i in (0, *range(-4, 0), *range(1, 5)):
+        trial = (_F(0.1) * _F(i) + _F(nmax)) / largest
+        found = (weights * (x - (1 / trial) * np.minimum(np.rint(trial * x), _F(nmax))) ** 2).sum(0)
+        if best is None:
+            inverse, best = trial, found
+            continue
+        better = found < best
+        for kept, new in ((best, found), (inverse, trial)):
+            np.copyto(kept, new, where=better)
+    codes = np.clip(np.rint(inverse * x), _F(0), _F(nmax))
+    scale = _refine(x, weights, codes, 0, nmax)
+    scale[zero] = 0
+    codes[:, zero] = 0
+    return scale, codes
+
+
+def _refine(x, weights, codes, least: int, most: int) -> Float[np.ndarray, "M"]:
+    """Moves each code in turn to its best value, in place, in at most five rounds; the scale that fits them."""
     sum_lx, sum_l2 = (weights * x * codes).sum(0), (weights * codes * codes).sum(0)
     for _ in range(5):
         changed = False
         for i in range(len(x)):
             w, wx, code = weights[i], weights[i] * x[i], codes[i]
             lx, l2 = sum_lx - wx * code, sum_l2 - w * code * code
-            movable = lx > 0
+            movable = (lx > 0) & (l2 > 0)
             wanted = np.divide(x[i] * l2, lx, out=np.zeros_like(lx), where=movable)
-            wanted = np.clip(np.rint(wanted), _F(-nmax), _F(nmax - 1))
+            wanted = np.clip(np.rint(wanted), _F(least), _F(most))
             lx, l2 = lx + wx * wanted, l2 + w * wanted * wanted
-            better = movable & (wanted != code) & (l2 > 0) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
+            better = movable & (wanted != code) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
             if better.any():
                 changed = True
                 for kept, new in ((code, wanted), (sum_lx, lx), (sum_l2, l2)):
                     np.copyto(kept, new, where=better)
         if not changed:
             break
-    scale = np.divide(sum_lx, sum_l2, out=np.zeros_like(sum_lx), where=sum_l2 > 0)
-    scale[zero] = 0
-    codes[:, zero] = -nmax  # the reference leaves stored zeros there
-    return scale, codes
+    return np.divide(sum_lx, sum_l2, out=np.zeros_like(sum_lx), where=sum_l2 > 0)
 
 
 def _extreme(x: Float[np.ndarray, "n M"]) -> Float[np.ndarray, "M"]:

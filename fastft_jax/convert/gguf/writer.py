@@ -26,11 +26,12 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to write, computed when it is its turn; `shape` as in numpy, rows first."""
+    """A tensor to write, computed when it is its turn; `shape` as in numpy. `importance`: see `encode`."""
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Float[np.ndarray, "..."]]
+    importance: Float[np.ndarray, "K"] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _write(files, heads, sizes, tensors: Iterable[Tensor], pool: Executor, fds: 
             by_kind.setdefault(file.kinds[tensor.name], []).append(fd)
         for kind, targets in by_kind.items():
             written = 0
-            for piece in encode(kind, w, pool):
+            for piece in encode(kind, w, pool, tensor.importance):
                 written += piece.size
                 for fd in targets:
                     write_all(fd, piece.data)
