@@ -6,8 +6,8 @@ offset), then the data, every tensor padded to 32 bytes. The head is made by the
 
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,7 @@ def _nested(files: Sequence[File], sizes: Sequence[int], fds: list[int], write: 
 def _write(files, heads, sizes, tensors: Iterable[Tensor], pool: Executor, fds: list[int]) -> None:
     for fd, head in zip(fds, heads, strict=True):
         write_all(fd, head)
-    for tensor in tensors:
-        w = tensor.read()
+    for tensor, w in _read_ahead(tensors):
         if w.shape != tensor.shape:
             raise ValueError(f"{tensor.name} has shape {w.shape}, announced {tensor.shape}")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -97,6 +96,19 @@ def _write(files, heads, sizes, tensors: Iterable[Tensor], pool: Executor, fds: 
     for file, fd, size in zip(files, fds, sizes, strict=True):
         if os.fstat(fd).st_size != size:
             raise CheckpointError(f"{file.path} came out {os.fstat(fd).st_size} bytes long, not {size}")
+
+
+def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Float[np.ndarray, "..."]]]:
+    """Each tensor with its values; the next ones are computed while the caller encodes these."""
+    with ThreadPoolExecutor(1) as reader:
+        pending: list[tuple[Tensor, Future]] = []
+        for tensor in tensors:
+            pending.append((tensor, reader.submit(tensor.read)))
+            if len(pending) > 1:
+                before, values = pending.pop(0)
+                yield before, values.result()
+        for last, values in pending:
+            yield last, values.result()
 
 
 def _head(file: File, tensors: Iterable[Tensor]) -> bytes:
