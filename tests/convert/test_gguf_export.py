@@ -4,7 +4,7 @@ import json
 import shutil
 
 import gguf
-import gguf_helpers as helpers
+import gguf_tiny
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_files_are_named_by_model_and_method_with_a_modelfile_beside_them(writte
 def test_merged_weights_are_the_float64_sum_of_base_and_adapter(tuned, written):
     """W + alpha / sqrt(r) B A over the decoded NF4 base, q and k rows in llama.cpp's order; float32 rounding."""
     model, _ = tuned
-    _, tensors = helpers.contents(written["F32"])
+    _, tensors = gguf_tiny.contents(written["F32"])
     layer = model.decoder.segments[0][0]
     for path, theirs, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2), ("v_proj", "attn_v", None)):
         linear = getattr(layer.self_attn, path)
@@ -84,7 +84,7 @@ def test_a_trained_head_is_untied_and_written(repo, tmp_path):
     FastLanguageModel.get_peft_model(model, r=2, target_modules=["v_proj"], modules_to_save=["lm_head"])
     model.decoder.lm_head.weight.set_value(model.decoder.lm_head.weight.get_value() * 2)
     (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32")
-    _, tensors = helpers.contents(path)
+    _, tensors = gguf_tiny.contents(path)
     np.testing.assert_array_equal(tensors["output.weight"][1], 2 * tensors["token_embd.weight"][1])
     with pytest.raises(ConfigError, match="cannot hold lm_head, which was trained whole"):
         model.save_pretrained_gguf(tmp_path, quantization_method="lora")
@@ -94,7 +94,7 @@ def test_a_trained_head_is_untied_and_written(repo, tmp_path):
 def test_a_trained_models_files_are_llama_cpps(kind, shared_data, stories_files):
     """convert_hf_to_gguf and llama-quantize wrote the others: the same tensors, types, bytes and metadata."""
     (ours, mine), (theirs, tensors) = (
-        helpers.contents(path) for path in (stories_files[kind], shared_data / "gguf" / f"stories260k-{kind}.gguf")
+        gguf_tiny.contents(path) for path in (stories_files[kind], shared_data / "gguf" / f"stories260k-{kind}.gguf")
     )
     assert mine.keys() == tensors.keys()
     for name, (type_name, data) in tensors.items():
@@ -129,10 +129,10 @@ def test_an_adapters_tensors_are_llama_cpps(variant, shared_data, stories, tmp_p
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(stories())}))
     model, _ = FastLanguageModel.from_pretrained(adapter, max_seq_length=64, dtype="float32", load_in_4bit=False)
     (path,) = model.save_pretrained_gguf(tmp_path, quantization_method="lora")
-    metadata, tensors = helpers.contents(path)
+    metadata, tensors = gguf_tiny.contents(path)
     assert metadata["adapter.lora.alpha"] == 16.0 and metadata["general.type"] == "adapter"
     if variant == "all7":
-        _, theirs = helpers.contents(shared_data / "gguf" / "stories260k-lora-all7-f32.gguf")
+        _, theirs = gguf_tiny.contents(shared_data / "gguf" / "stories260k-lora-all7-f32.gguf")
         assert tensors.keys() == theirs.keys()
         for name, (_, data) in theirs.items():
             np.testing.assert_array_equal(tensors[name][1], data, err_msg=name)
@@ -144,11 +144,11 @@ def test_an_adapters_tensors_are_llama_cpps(variant, shared_data, stories, tmp_p
 
 def tiny_config(name: str) -> dict:
     model_type, arguments = tiny.TINY[name]
-    return {"model_type": model_type} | tiny.COMMON | arguments | helpers.AS_IN_LLAMA_CPP.get(name, {})
+    return {"model_type": model_type} | tiny.COMMON | arguments | gguf_tiny.AS_IN_LLAMA_CPP.get(name, {})
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", helpers.FAMILIES)
+@pytest.mark.parametrize("name", gguf_tiny.FAMILIES)
 def test_names_are_those_that_the_gguf_package_maps_hugging_faces_to(name):
     config, names = config_from_hf(tiny_config(name))
     architecture = architecture_of(config)
@@ -209,7 +209,7 @@ def test_mistakes_are_told_before_anything_is_written(tuned, tmp_path):
         model.save_pretrained_gguf(tmp_path, tokenizer, [])
     with pytest.raises(CheckpointError, match="needs the model's tokenizer"):
         model.save_pretrained_gguf(tmp_path, None, "q8_0")
-    other = helpers.byte_tokenizer()
+    other = gguf_tiny.byte_tokenizer()
     other.add_tokens([f"word{i}" for i in range(1100 - len(other))])
     with pytest.raises(CheckpointError, match="ids up to 1099, the model's embedding 1024 rows"):
         model.save_pretrained_gguf(tmp_path, other, "q8_0")
@@ -229,7 +229,7 @@ TALK = [
 
 
 def test_the_modelfiles_template_is_derived_from_the_tokenizers():
-    tokenizer = helpers.byte_tokenizer()
+    tokenizer = gguf_tiny.byte_tokenizer()
     tokenizer.chat_template = CHATML
     text = modelfile(["m.gguf"], tokenizer)
     assert text == (
@@ -246,7 +246,7 @@ def test_the_modelfiles_template_is_derived_from_the_tokenizers():
 
 @pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-0.6B", "Phi-3.5", "gemma-2", "Llama-3.1-8B", "Mistral-Nemo"])
 def test_derived_turns_render_released_templates(name, shared_data):
-    tokenizer = helpers.byte_tokenizer()
+    tokenizer = gguf_tiny.byte_tokenizer()
     path = next(p for p in (shared_data / "chat_templates").iterdir() if name in p.name)
     tokenizer.chat_template = path.read_text()
     turns = derive_turns(tokenizer)

@@ -1,7 +1,7 @@
 """GGUF files as base models: values, names, tokenizer, round trips, and files that cannot be used."""
 
 import gguf
-import gguf_helpers as helpers
+import gguf_tiny
 import numpy as np
 import pytest
 import torch
@@ -22,15 +22,15 @@ def load(path, **options):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return helpers.byte_tokenizer("llama3")
+    return gguf_tiny.byte_tokenizer("llama3")
 
 
 @pytest.fixture(scope="module")
 def llama(tokenizer, tmp_path_factory):
     """(transformers' model, its folder, our files of it): Llama 3.1 with rows of 256, for k-quants."""
     folder = tmp_path_factory.mktemp("llama")
-    reference = helpers.make_family("llama-3.1", hidden_size=256, intermediate_size=256, num_hidden_layers=2)
-    model, _ = load(helpers.save_folder(reference, tokenizer, folder / "hf"))
+    reference = gguf_tiny.make_family("llama-3.1", hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    model, _ = load(gguf_tiny.save_folder(reference, tokenizer, folder / "hf"))
     methods = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q6_k"]
     paths = model.save_pretrained_gguf(folder, tokenizer, methods)
     return reference, model, dict(zip(methods, paths, strict=True))
@@ -41,13 +41,13 @@ def test_out_in_out_gives_the_same_file(method, llama, tokenizer, tmp_path):
     """Plain floats lose nothing; a quantised base written as float32 holds what the gguf package decodes."""
     _, _, paths = llama
     model, own = load(paths[method])
-    metadata, tensors = helpers.contents(paths[method])
+    metadata, tensors = gguf_tiny.contents(paths[method])
     (again,) = model.save_pretrained_gguf(tmp_path, own, method if method != "q4_k_m" else "f32")
     if method != "q4_k_m":
         assert again.read_bytes().replace(again.stem.encode(), b"") == paths[method].read_bytes().replace(
             paths[method].stem.encode(), b""
-        ) or helpers.contents(again)[0] == {**metadata, "general.name": again.stem.removesuffix(f"-{method.upper()}")}
-    for name, (_, data) in helpers.contents(again)[1].items():
+        ) or gguf_tiny.contents(again)[0] == {**metadata, "general.name": again.stem.removesuffix(f"-{method.upper()}")}
+    for name, (_, data) in gguf_tiny.contents(again)[1].items():
         kind, stored = tensors[name]
         if method != "q4_k_m":
             np.testing.assert_array_equal(data, stored, err_msg=name)
@@ -78,7 +78,7 @@ def test_a_gguf_base_is_quantised_and_takes_an_adapter(llama):
 
 @pytest.mark.parametrize("name", ["qwen-2.5-tied", "qwen-3", "llama-biases"])
 def test_other_architectures_come_back_equal(name, tokenizer, tmp_path):
-    model, _ = load(helpers.save_folder(helpers.make_family(name, num_hidden_layers=1), tokenizer, tmp_path / "hf"))
+    model, _ = load(gguf_tiny.save_folder(gguf_tiny.make_family(name, num_hidden_layers=1), tokenizer, tmp_path / "hf"))
     (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32")
     again, _ = load(path)
     assert again.decoder.config == model.decoder.config
@@ -91,13 +91,13 @@ def test_llama_cpps_own_files_load(method, error, shared_data, stories):
     model, tokenizer = load(shared_data / "gguf" / f"stories260k-{method}.gguf")
     expected, original = load(stories())
     assert np.abs(np.asarray(model(IDS)) - np.asarray(expected(IDS))).max() <= error
-    for text in helpers.TEXTS:
+    for text in gguf_tiny.TEXTS:
         assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
 
 
 def rewritten(source, target, change):
     """A copy of a GGUF file's metadata and its first tensors, after change(metadata)."""
-    metadata, tensors = helpers.contents(source)
+    metadata, tensors = gguf_tiny.contents(source)
     fields = {k: f for k, f in gguf.GGUFReader(source).fields.items() if not k.startswith("GGUF.")}
     values = change(dict(metadata))
     writer = gguf.GGUFWriter(target, values.pop("general.architecture"))
@@ -155,7 +155,7 @@ def test_damaged_and_missing_files_say_so(llama, tmp_path):
 
 
 def test_another_tokenizer_can_be_named(llama, tmp_path):
-    other = helpers.byte_tokenizer("gpt2")
+    other = gguf_tiny.byte_tokenizer("gpt2")
     other.save_pretrained(tmp_path)
     _, tokenizer = load(llama[2]["f16"], tokenizer_name=tmp_path)
     assert tokenizer("Hello 12345")["input_ids"] == other("Hello 12345")["input_ids"]
@@ -164,7 +164,7 @@ def test_another_tokenizer_can_be_named(llama, tmp_path):
 def test_metadata_and_values_are_those_that_the_gguf_package_reads(llama):
     for method in ("q4_k_m", "bf16"):
         path = llama[2][method]
-        ours, (metadata, tensors) = GGUFFile(path), helpers.contents(path)
+        ours, (metadata, tensors) = GGUFFile(path), gguf_tiny.contents(path)
         for key, value in metadata.items():
             assert ours.get(key) == (pytest.approx(value, rel=1e-7) if isinstance(value, float) else value), key
         assert ours.tensors.keys() == tensors.keys()

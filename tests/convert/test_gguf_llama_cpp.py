@@ -10,7 +10,7 @@ import shutil
 import warnings
 
 import gguf
-import gguf_helpers as helpers
+import gguf_tiny
 import numpy as np
 import pytest
 import torch
@@ -54,15 +54,15 @@ def base(folder, **options):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return helpers.byte_tokenizer()
+    return gguf_tiny.byte_tokenizer()
 
 
 # ggml looks GELU up in a table of float16: 1e-3 of a value of a few units
-@pytest.mark.parametrize("name", helpers.FAMILIES)
+@pytest.mark.parametrize("name", gguf_tiny.FAMILIES)
 def test_logits_of_every_family_are_transformers(name, tokenizer, tmp_path):
-    reference = helpers.make_family(name)
+    reference = gguf_tiny.make_family(name)
     window = next((w for w in (8,) if name == "phi-3"), None)  # ignored there: equal up to it
-    model, _ = base(helpers.save_folder(reference, tokenizer, tmp_path / "tiny"))
+    model, _ = base(gguf_tiny.save_folder(reference, tokenizer, tmp_path / "tiny"))
     (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32")
     with torch.no_grad():
         expected = reference(torch.tensor(IDS)[None]).logits[0].numpy()
@@ -74,14 +74,14 @@ def test_logits_of_every_family_are_transformers(name, tokenizer, tmp_path):
 def wide(tokenizer, tmp_path_factory):
     """A Llama wide enough for k-quants, with 9 layers for the recipes' layer rules; our float32 file of it, and all."""
     folder = tmp_path_factory.mktemp("wide")
-    reference = helpers.make_family(
+    reference = gguf_tiny.make_family(
         "llama-3.1", hidden_size=256, intermediate_size=256, num_hidden_layers=9, num_attention_heads=8
     )
     with torch.no_grad():
         for parameter in reference.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(0.4)
-    model, _ = base(helpers.save_folder(reference, tokenizer, folder / "hf"))
+    model, _ = base(gguf_tiny.save_folder(reference, tokenizer, folder / "hf"))
     paths = model.save_pretrained_gguf(folder / "gguf", tokenizer, list(METHODS))
     return reference, dict(zip(METHODS, paths, strict=True)), model, tokenizer
 
@@ -94,7 +94,7 @@ def test_files_equal_those_of_llama_cpps_quantiser(wide, method, tmp_path):
     options.ftype, options.nthread = METHODS[method][1], 1
     out = tmp_path / "theirs.gguf"
     assert llama_cpp.llama_model_quantize(str(paths["f32"]).encode(), str(out).encode(), ctypes.byref(options)) == 0
-    (mine, ours), (metadata, theirs) = helpers.contents(paths[method]), helpers.contents(out)
+    (mine, ours), (metadata, theirs) = gguf_tiny.contents(paths[method]), gguf_tiny.contents(out)
     assert mine == metadata
     assert {n: kind for n, (kind, _) in ours.items()} == {n: kind for n, (kind, _) in theirs.items()}
     different = [n for n in ours if not np.array_equal(ours[n][1], theirs[n][1])]
@@ -106,7 +106,7 @@ def test_files_with_an_importance_matrix_equal_llama_cpps(wide, method, tmp_path
     _, paths, model, tokenizer = wide
     rng, entries = np.random.default_rng(1), (llama_cpp.llama_cpp.llama_model_imatrix_data * 64)()
     writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "imatrix")
-    names = [n for n, (_, data) in helpers.contents(paths["f32"])[1].items() if "blk" in n and data.ndim == 2]
+    names = [n for n, (_, data) in gguf_tiny.contents(paths["f32"])[1].items() if "blk" in n and data.ndim == 2]
     kept = []
     for entry, name in zip(entries, names[:-3], strict=False):  # some weights were never seen
         sums, counts = rng.lognormal(sigma=2, size=(1, 256)).astype(np.float32), np.full((1, 1), 2, np.float32)
@@ -123,7 +123,7 @@ def test_files_with_an_importance_matrix_equal_llama_cpps(wide, method, tmp_path
     options.ftype, options.nthread, options.imatrix = METHODS[method][1], 1, entries
     out = tmp_path / "theirs.gguf"
     assert llama_cpp.llama_model_quantize(str(paths["f32"]).encode(), str(out).encode(), ctypes.byref(options)) == 0
-    mine, theirs, plain = (helpers.contents(path)[1] for path in (ours, out, paths[method]))
+    mine, theirs, plain = (gguf_tiny.contents(path)[1] for path in (ours, out, paths[method]))
     assert {n: kind for n, (kind, _) in mine.items()} == {n: kind for n, (kind, _) in theirs.items()}
     assert not [n for n in mine if not np.array_equal(mine[n][1], theirs[n][1])]
     assert not np.array_equal(mine[names[0]][1], plain[names[0]][1])
@@ -144,7 +144,7 @@ def test_quantised_files_compute_what_their_bits_allow(wide, method, bound):
 
 @pytest.mark.parametrize("rules", ["gpt2", "llama3", "qwen2", "digits"])
 def test_byte_level_tokens_are_transformers(rules, tmp_path):
-    tokenizer = helpers.byte_tokenizer(rules, size=318)
+    tokenizer = gguf_tiny.byte_tokenizer(rules, size=318)
     check_tokens(tokenizer, tmp_path)
 
 
@@ -158,10 +158,10 @@ def test_sentencepiece_tokens_are_transformers_without_tokenizer_model(shared_da
 
 
 def check_tokens(tokenizer, tmp_path, **changes):
-    folder = helpers.save_folder(helpers.make_family("llama-2", **changes), tokenizer, tmp_path / "hf")
+    folder = gguf_tiny.save_folder(gguf_tiny.make_family("llama-2", **changes), tokenizer, tmp_path / "hf")
     (path,) = base(folder)[0].save_pretrained_gguf(tmp_path, tokenizer, "f16")
     model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    for text in helpers.TEXTS:
+    for text in gguf_tiny.TEXTS:
         assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text
 
 

@@ -3,7 +3,7 @@
 import json
 
 import gguf
-import gguf_helpers as helpers
+import gguf_tiny
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
@@ -83,9 +83,9 @@ def test_scores_from_merges_order_pieces_as_sentencepiece_does(shared_data):
     ("rules", "name"), [("gpt2", "gpt-2"), ("digits", "smollm"), ("llama3", "llama-bpe"), ("qwen2", "qwen2")]
 )
 def test_a_tokenizer_of_ones_own_is_named_by_its_rules_and_survives_the_file(rules, name, tmp_path):
-    tokenizer = helpers.byte_tokenizer(rules)
+    tokenizer = gguf_tiny.byte_tokenizer(rules)
     tokenizer.chat_template = "{{ messages }}"
-    vocabulary = read_vocabulary(tokenizer, helpers.VOCABULARY)
+    vocabulary = read_vocabulary(tokenizer, gguf_tiny.VOCABULARY)
     assert vocabulary.pre == name
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     vocabulary.write(writer)
@@ -94,14 +94,14 @@ def test_a_tokenizer_of_ones_own_is_named_by_its_rules_and_survives_the_file(rul
     writer.write_ti_data_to_file()
     writer.close()
     again = gguf_tokenizer(GGUFFile(tmp_path / "v.gguf"))
-    for text in helpers.TEXTS:
+    for text in gguf_tiny.TEXTS:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert again.decode(again(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
     assert (again.bos_token, again.eos_token, again.chat_template) == ("<s>", "</s>", "{{ messages }}")
 
 
 def test_tokenizers_that_llama_cpp_would_cut_otherwise_are_refused():
-    tokenizer = helpers.byte_tokenizer("qwen2")
+    tokenizer = gguf_tiny.byte_tokenizer("qwen2")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
     with pytest.raises(CheckpointError, match="no name for this tokenizer's pre_tokenizer"):

@@ -11,6 +11,7 @@ from fastft_jax.convert.gguf.pre_tokenizers import pre_tokenizer_name
 from fastft_jax.errors import CheckpointError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>", re.DOTALL)  # as llama.cpp's converter
 _SPACE = "\u2581"  # sentencepiece's
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
@@ -74,15 +75,14 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     special = {kind: number for kind, number in special.items() if number is not None}
     merges = [m if isinstance(m, list) else m.split(" ", 1) for m in model["merges"]]
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(size)]
-    types = [_type(i, texts, added, model.get("unk_token") if sentencepiece else None) for i in range(size)]
+    types = [_type(i, texts, added, sentencepiece, model.get("unk_token")) for i in range(size)]
     if sentencepiece:  # llama.cpp looks for a user's token in the text before spaces are replaced
         tokens = [
             t.replace(_SPACE, " ") if kind == gguf.TokenType.USER_DEFINED else t
             for t, kind in zip(tokens, types, strict=True)
         ]
-    plain, framed = (tokenizer.encode("a", add_special_tokens=flag) for flag in (False, True))
-    at = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
-    before, after = framed[:at], framed[at + len(plain) :]
+    frame = tokenizer.encode("")  # what stands around every text
+    add_bos = frame[:1] == [special.get("bos")]
     template = tokenizer.chat_template
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
@@ -92,25 +92,25 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         scores=_scores(tokens, types, merges) if sentencepiece else None,
         merges=None if sentencepiece else [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
         special=special,
-        add_bos=before[:1] == [special.get("bos")],
-        add_eos=after[-1:] == [special.get("eos")],
+        add_bos=add_bos,
+        add_eos=frame[add_bos:][-1:] == [special.get("eos")],
         add_space_prefix=_space_prefix(description) if sentencepiece else None,
         chat_template=template if isinstance(template, str) else (template or {}).get("default"),
         texts={kind: texts[number] for kind, number in special.items()},
     )
 
 
-def _type(number: int, texts: dict[int, str], added: dict[int, dict], unknown: str | None) -> int:
-    """GGUF's kind of a token."""
+def _type(number: int, texts: dict[int, str], added: dict[int, dict], sentencepiece: bool, unknown: str | None) -> int:
+    """GGUF's kind of a token. Bytes and the unknown are sentencepiece's; some releases forget what is special."""
     if number not in texts:
         return gguf.TokenType.UNUSED
     text = texts[number]
-    if unknown is not None and text == unknown:
+    if sentencepiece and text == unknown:
         return gguf.TokenType.UNKNOWN
     if number in added:
-        control = added[number]["special"] or (text.startswith("<|") and text.endswith("|>"))
+        control = added[number]["special"] or _LOOKS_SPECIAL.fullmatch(text)
         return gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
-    if unknown is not None and _BYTE.fullmatch(text):
+    if sentencepiece and _BYTE.fullmatch(text):
         return gguf.TokenType.BYTE
     return gguf.TokenType.NORMAL
 
