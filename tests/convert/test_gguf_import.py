@@ -38,15 +38,14 @@ def llama(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["f32", "bf16", "q4_k_m"])
 def test_out_in_out_gives_the_same_file(method, llama, tokenizer, tmp_path):
-    """Plain floats lose nothing; a quantised base written as float32 holds what the gguf package decodes."""
+    """Plain floats lose nothing; a quantised base written as float32 holds what the gguf package decodes of it."""
     _, _, paths = llama
     model, own = load(paths[method])
     metadata, tensors = gguf_tiny.contents(paths[method])
     (again,) = model.save_pretrained_gguf(tmp_path, own, method if method != "q4_k_m" else "f32")
     if method != "q4_k_m":
-        assert again.read_bytes().replace(again.stem.encode(), b"") == paths[method].read_bytes().replace(
-            paths[method].stem.encode(), b""
-        ) or gguf_tiny.contents(again)[0] == {**metadata, "general.name": again.stem.removesuffix(f"-{method.upper()}")}
+        differ = {key for key, value in gguf_tiny.contents(again)[0].items() if metadata[key] != value}
+        assert differ == {"general.name"}  # that of the file that was read
     for name, (_, data) in gguf_tiny.contents(again)[1].items():
         kind, stored = tensors[name]
         if method != "q4_k_m":
