@@ -40,6 +40,10 @@ class Keep:
         how = self._table.get(name, "recompute")
         return value if how == "recompute" else self._kept(self._key(name), how, value)
 
+    def keeps(self, name: str) -> bool:
+        """Whether values of that name are kept, wherever; if not, they are computed again."""
+        return self._table.get(name, "recompute") != "recompute"
+
     def slot(self, name: str, value: Array) -> Slot:
         """As a call, for the one consumer that can read a stack in place; it must give the gradient to `value`."""
         how = self._table.get(name, "recompute")

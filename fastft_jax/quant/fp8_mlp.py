@@ -7,35 +7,28 @@ its own sake: the products' bare sums are kept, and the activation's kernels app
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from fastft_jax.pallas_kernels.fp8 import Scaled, quantise_rows, rescale_glu, rescale_glu_backward, rms_norm_rows
 from fastft_jax.pallas_kernels.glu import Activation
 from fastft_jax.pallas_kernels.rms_norm import rms_norm, rms_norm_backward
 from fastft_jax.quant import fp8
+from fastft_jax.quant.keep import Keep
 from fastft_jax.quant.lora_linear import (
     Projection,
     adapter_gradients,
     below_each_other,
     block_diagonal,
     contract,
+    inner_product,
     input_gradient,
     rank_slices,
     room_of,
 )
 from fastft_jax.quant.norm_linear import Norm
-
-
-class Keep(Protocol):
-    """Gives back a value, or what was kept of it; `slot` also says where it is kept: (value, stack, index)."""
-
-    def __call__(self, name: str, value: Array) -> Array: ...
-
-    def slot(self, name: str, value: Array) -> tuple[Array, Array | None, Int[Array, ""] | None]: ...
 
 
 def fp8_mlp(
@@ -70,7 +63,7 @@ def fp8_mlp(
         index=index,
     )
     act_h = _inner_product(act, frozen_down, keep)
-    options = (norm, in_scalings, out_scalings, activation)
+    options = (norm, in_scalings, out_scalings, activation, keep.keeps("lora_h"))
     y, rows = _fp8_mlp(rows, weight, kept, quantise_rows(act), act_h, gate_up, down, options)
     return y.reshape(x.shape), rows.reshape(x.shape)
 
@@ -78,7 +71,7 @@ def fp8_mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _fp8_mlp(x, weight, kept, act8, act_h, gate_up, down, options):
     """The down projection, and the whole layer's gradients; `kept` and the activation's parts take none."""
-    _, _, scalings, _ = options
+    _, _, scalings, _, _ = options
     low_rank = None if act_h is None else (act_h, block_diagonal(down, scalings, x.dtype))
     product = fp8.product_of_rows(*act8, [down[0].weight], x.dtype)
     return fp8.finished(product, low_rank, x.dtype), x
@@ -86,15 +79,15 @@ def _fp8_mlp(x, weight, kept, act8, act_h, gate_up, down, options):
 
 def _forward(x, weight, kept, act8, act_h, gate_up, down, options):
     outputs = _fp8_mlp(x, weight, kept, act8, act_h, gate_up, down, options)
-    return outputs, (x, weight, kept, act_h, gate_up, down)
+    return outputs, (x, weight, kept, act_h if options[-1] else None, gate_up, down)
 
 
 def _backward(options, residuals, cotangents):
-    norm, in_scalings, out_scalings, activation = options
+    norm, in_scalings, out_scalings, activation, _ = options
     x, weight, kept, act_h, gate_up, down = residuals
     (dy, d_residual), dtype = cotangents, x.dtype
     d_act_h, d_act = None, fp8.scaled_gradient(dy, [down[0].weight])
-    if act_h is not None:
+    if room_of(down):
         d_act_h = contract(dy, block_diagonal(down, out_scalings, dtype), 1, 0, dtype)
         d_act = d_act._replace(h=d_act_h, b=below_each_other(down, dtype).T)
     d_gate_up, act = rescale_glu_backward(
@@ -105,6 +98,8 @@ def _backward(options, residuals, cotangents):
         ranks=_ranks(gate_up) + _ranks(down),
         index=kept[-1],
     )
+    if act_h is None and room_of(down):
+        act_h = inner_product(act, down)
     d_down = adapter_gradients(act, act_h, d_act_h, dy, down, out_scalings)
     d_normed, dh = input_gradient(d_gate_up, gate_up, in_scalings)
     normed = rms_norm(x, weight, eps=norm.eps, plus_one=norm.plus_one)
