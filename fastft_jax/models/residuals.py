@@ -105,7 +105,8 @@ class Writer(Keep):
         else:
             # Without the barrier XLA computes a product that is stored and read twice: once into its place.
             stored = lax.optimization_barrier(value)
-            self.buffers.device[key] = _put(self.buffers.device[key], stored, self._index)
+            stored = _put(self.buffers.device[key], stored, self._index)
+            value, self.buffers.device[key] = lax.optimization_barrier((value, stored))
         return value
 
     def _slot(self, key, value):
