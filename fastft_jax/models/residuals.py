@@ -51,6 +51,14 @@ class Keep:
             return Slot(self(name, value))
         return self._slot(self._key(name), value)
 
+    def shared_slot(self, name: str, value: Array) -> Slot:
+        """As `slot`, where others want the value, too: only the backward pass reads it from the stack."""
+        return Slot(self(name, value))
+
+    def input(self, x: Array) -> Slot:
+        """The layer's input, which the loop keeps."""
+        return Slot(x)
+
     def _key(self, name: str) -> str:
         """A name may come several times in a layer; the order is the same at every trace."""
         self._count[name] = self._count.get(name, -1) + 1
@@ -125,6 +133,16 @@ class Reader(Keep):
 
     def stored(self, key: str) -> Array:
         return self._fetched[key] if key in self._fetched else _get(self._buffers.device[key], self._index)
+
+    def shared_slot(self, name, value):
+        if self._table.get(name, "recompute") != "save":
+            return Slot(self(name, value))
+        key = self._key(name)
+        return Slot(self._kept(key, "save", value), self._buffers.device[key], self._index)
+
+    def input(self, x):
+        key = f"{LAYER_INPUT}/{self._count[LAYER_INPUT]}"
+        return Slot(x, self._buffers.device[key], self._index) if key in self._buffers.device else Slot(x)
 
     def _kept(self, key, how, value):
         return _instead(value, self.stored(key))

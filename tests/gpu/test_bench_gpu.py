@@ -52,7 +52,7 @@ def test_a_step_is_profiled_by_class_against_its_bounds(tmp_path):
     assert row["peak_memory_bytes"] > 0 and (row["mfu"] is not None) == known
     classes = row["profile"]["classes"]
     assert {"GEMM", "attention", "norm/rope/glu", "dequant", "loss", "optimizer"} <= classes.keys()
-    # tiny kernels leave gaps, so the profiled step may be slower, and other tests may share the card; the work is one step's
+    # tiny kernels leave gaps and other tests may share the card: the profiled step may be slower, its work is a step's
     assert 0.3 * row["milliseconds_per_step"] < row["profile"]["step"]
     assert classes["attention"]["launches"] >= 8 and classes["attention"]["launches"] % SMALL["num_hidden_layers"] == 0
     assert classes.get("other", {"milliseconds": 0})["milliseconds"] < 0.3 * row["profile"]["step"]
