@@ -35,7 +35,9 @@ def _kernel(index_ref, *refs, tiles: Tiles, m: int, f: int, sizes, activation: s
         store(d_gate_up_ref[0], place, d[0] * act, f)
 
 
-def _call(name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, interpret) -> list[Array]:
+def _call(
+    name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, interpret, in_place=False
+) -> list[Array]:
     """d_gate_up (where there is a d_act) and act; in the places of gate_up's sums and of d_act's where they may be."""
     sums, *others = gate_up
     m, f = sums.shape[-2], sums.shape[-1] // 2
@@ -43,7 +45,8 @@ def _call(name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, i
     operands += d_act
     outs = [jax.ShapeDtypeStruct((m, 2 * f), dtype)] * bool(d_act) + [jax.ShapeDtypeStruct((m, f), dtype)]
     options = dict(m=m, f=f, activation=activation, ranks=ranks)
-    aliases = {1: 0, 1 + len(gate_up): 1} if d_act else {}  # a program has read its tiles before it writes them
+    # A program has read its tiles before it writes them; asked for where nothing reads the operands afterwards.
+    aliases = {1: 0, 1 + len(gate_up): 1} if in_place else {}
     aliases = {
         i: o for i, o in aliases.items() if (operands[i].shape, operands[i].dtype) == (outs[o].shape, outs[o].dtype)
     }
@@ -99,8 +102,9 @@ def backward(
     activation: str,
     ranks: tuple[tuple[int, int], ...],
     index: Int[Array, ""] | None = None,
+    in_place: bool = False,
     tiles: Tiles = BACKWARD,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "M 2F"], Float[Array, "M F"]]:
     gate_up, d_act = _present(sums, scale, h, b), _present(d_sums, d_scale, dh, d_b)
-    return tuple(_call("glu_backward", gate_up, d_act, tiles, dtype, activation, ranks, index, interpret))
+    return tuple(_call("glu_backward", gate_up, d_act, tiles, dtype, activation, ranks, index, interpret, in_place))

@@ -72,11 +72,11 @@ def _backward_kernel(
         pallas.store(act_ref[0], (act * up).astype(dtype), mask=columns < f + room)
 
 
-def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret):
+def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret, in_place=False):
     """`outs` names the outputs: "pair" is [M, 2F], "single" [M, F + room]; room counts where a single is written.
 
-    A pair takes the place of gate_up, and a single that of `others`' if it is as wide: each element is read by the
-    program that writes it.
+    `in_place`, a pair takes the place of gate_up, and a single that of `others`' if it is as wide: each element is read
+    by the program that writes it.
     """
     f = gate_up.shape[-1] // 2
     m = math.prod(gate_up.shape[:-1]) if index is None else math.prod(gate_up.shape[1:-1])
@@ -87,8 +87,8 @@ def _call(kernel, name, gate_up, index, others, outs, activation, room, interpre
     single = pallas.BlockSpec((1, block), lambda i: (i // blocks, i % blocks))
     shapes = {name: jax.ShapeDtypeStruct((m, n), gate_up.dtype) for name, n in (("pair", 2 * f), ("single", f + room))}
     others = [other.reshape(m, -1) for other in others]
-    aliases = {1: 0} if "pair" in outs and index is None else {}
-    if others and "single" in outs and (others[0].shape, others[0].dtype) == (shapes["single"].shape, gate_up.dtype):
+    aliases = {1: 0} if in_place and index is None else {}
+    if in_place and "single" in outs and (others[0].shape, others[0].dtype) == (shapes["single"].shape, gate_up.dtype):
         aliases[2] = outs.index("single")
     index = jnp.asarray(0 if index is None else index, jnp.int32).reshape(1)
     return pallas.call(
@@ -124,12 +124,14 @@ def backward(
     room: int = 0,
     with_act: bool = True,
     index: Int[Array, ""] | None = None,
+    in_place: bool = False,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "*B 2F"], Float[Array, "*B F+room"] | None]:
+    """`in_place` is for operands that nothing reads afterwards: XLA would copy them."""
     outs = ["pair"] + ["single"] * with_act
     room = room if with_act else 0
     d_gate_up, *act = _call(
-        _backward_kernel, "glu_backward", gate_up, index, [d_act], outs, activation, room, interpret
+        _backward_kernel, "glu_backward", gate_up, index, [d_act], outs, activation, room, interpret, in_place
     )
     lead = gate_up.shape[:-1] if index is None else gate_up.shape[1:-1]
     return d_gate_up.reshape(*lead, -1), act[0].reshape(*lead, -1) if with_act else None
