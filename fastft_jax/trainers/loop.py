@@ -234,7 +234,7 @@ class Loop:
 
     def _key(self, index: int) -> jax.Array | None:
         """Of the dropout in a step; nothing is compiled for it where there is none."""
-        if not self.model.peft_config["lora_dropout"]:
+        if not (self.model.peft_config or {}).get("lora_dropout"):
             return None
         return jax.random.fold_in(jax.random.key(self.args.seed), index)
 
@@ -245,7 +245,9 @@ class Loop:
         metrics, done = numbers.result()
         if not metrics["finite"]:
             self._fail(step, batch, metrics)
-        flops = useful_flops(self.model.decoder.config, batch, self._trainable_count)
+        flops = useful_flops(
+            self.model.decoder.config, batch, self._trainable_count, full_finetuning=self.model.full_finetuning
+        )
         window.add(metrics["loss"], batch, flops)
         if step % self.args.logging_steps == 0 or step == self.total_steps:
             reporter.step(
