@@ -1,6 +1,7 @@
 """Which model families are supported, what each has, and which kernels it would use on a card, and why not faster ones.
 
     python -m fastft_jax.families [--card h100] [--markdown] [NAME ...]
+    python -m fastft_jax.families --config path/to/config.json
 
 Nothing is downloaded and nothing runs on the card. Exit codes: 0 done, 2 a wrong option.
 """
@@ -8,11 +9,14 @@ Nothing is downloaded and nothing runs on the card. Exit codes: 0 done, 2 a wron
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from fastft_jax.convert.hf import read_config, tensor_requests
 from fastft_jax.errors import ConfigError, FastFTError
 from fastft_jax.models.active_kernels import Active, Card, active_kernels
-from fastft_jax.models.families.examples import EXAMPLES
+from fastft_jax.models.families.examples import EXAMPLES, Example
 from fastft_jax.models.families.features import features
 from fastft_jax.models.families.registry import FAMILIES, config_from_hf
 
@@ -28,6 +32,9 @@ CARDS = {
     "h200": Card("gpu", (9, 0)),
 }
 
+LEGEND = """packed: attention over several documents a row; decoding: products of a few new tokens with the 4-bit codes;
+fp8: the option compute_dtype. A number is why it is not a faster one."""
+
 Table = list[list[str]]  # rows of cells, the first one the heads
 
 
@@ -35,25 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastft_jax.families", description="Model families and kernels.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="model types (default: all)")
+    parser.add_argument("--config", metavar="FILE", help="ask about the model of this config.json instead")
     parser.add_argument("--card", choices=CARDS, help="ask about this card instead of the one that is here")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # another process may be training on the card
     try:
-        if unknown := [name for name in arguments.names if name not in FAMILIES]:
-            raise ConfigError(f"there is no family {unknown[0]}; there are {', '.join(FAMILIES)}")
-        names = arguments.names or list(FAMILIES)
+        asked = _asked(arguments.names, arguments.config)
         label, card = (arguments.card, CARDS[arguments.card]) if arguments.card else here()
-        kernels, reasons = kernel_table(names, card)
+        kernels, reasons = kernel_table(asked, card)
     except FastFTError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show = markdown if arguments.markdown else aligned
-    print(show(family_table(names)), f"\nKernels on {label}, for a bfloat16 model with an NF4 base:\n", sep="\n")
+    print(show(family_table(asked)), f"\nKernels on {label}, for a bfloat16 model with an NF4 base:\n", sep="\n")
     print(show(kernels))
     if reasons:
-        print("", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1)), sep="\n")
+        print(f"\n{LEGEND}\n", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1)), sep="\n")
     return 0
 
 
@@ -66,22 +72,35 @@ def here() -> tuple[str, Card]:
     return jax.local_devices()[0].device_kind, Card(*current_device())
 
 
-def family_table(names: Sequence[str]) -> Table:
+def _asked(names: Sequence[str], config: str | None) -> dict[str, Example]:
+    """model type -> the model to ask about. Raises ConfigError for a name or a file that there is not."""
+    if config is not None:
+        file = Path(config).expanduser()
+        if not file.is_dir() and file.name != "config.json":
+            raise ConfigError(f"--config {config}: name a model's folder, or the config.json in it")
+        folder = (file if file.is_dir() else file.parent).resolve()
+        values = read_config(folder)
+        return {str(values.get("model_type")): Example("", folder.name, values)}
+    if unknown := [name for name in names if name not in EXAMPLES]:
+        raise ConfigError(f"there is no family {unknown[0]}; there are {', '.join(EXAMPLES)}")
+    return {name: EXAMPLES[name] for name in names or FAMILIES}
+
+
+def family_table(asked: Mapping[str, Example] = EXAMPLES) -> Table:
     """Model type, releases and features of each."""
     rows = [["model_type", "releases", "for example", "what it has"]]
-    for name in names:
-        example = EXAMPLES[name]
+    for name, example in asked.items():
         config, _ = config_from_hf(example.values)
         rows.append([name, example.releases, example.name, "; ".join(features(config))])
     return rows
 
 
-def kernel_table(names: Sequence[str], card: Card) -> tuple[Table, list[str]]:
-    """The implementation of every operation for each family's example, `triton (2)` with a reason's number; reasons."""
+def kernel_table(asked: Mapping[str, Example], card: Card) -> tuple[Table, list[str]]:
+    """The implementation of every operation for each model, `triton (2)` with a reason's number; the reasons."""
     rows: Table = []
     reasons: list[str] = []
-    for name in names:
-        active = kernels_of(name, card)
+    for name, example in asked.items():
+        active = kernels_of(example.values, card)
         rows = rows or [["model_type", *active]]
         for each in active.values():
             reasons += [why for why in each.why if why not in reasons]
@@ -89,11 +108,9 @@ def kernel_table(names: Sequence[str], card: Card) -> tuple[Table, list[str]]:
     return rows, reasons
 
 
-def kernels_of(name: str, card: Card) -> dict[str, Active]:
-    """What the example of a family would use."""
-    from fastft_jax.convert.hf import tensor_requests
-
-    config, _ = config_from_hf(EXAMPLES[name].values)
+def kernels_of(values: dict[str, Any], card: Card) -> dict[str, Active]:
+    """What the model of a config.json would use."""
+    config, _ = config_from_hf(values)
     matrices = [(request.shape, len(request.layers)) for request in tensor_requests(config) if request.quantisable]
     return active_kernels(config, matrices, card)
 

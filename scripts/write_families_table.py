@@ -6,7 +6,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from fastft_jax.families import family_table, markdown  # noqa: E402
-from fastft_jax.models.families.registry import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "README.md"
 BEGIN, END = "<!-- families: written by scripts/write_families_table.py -->\n", "<!-- end of families -->"
@@ -18,7 +17,7 @@ def page(text: str) -> str:
     _, end, after = rest.partition(END)
     if not end:
         sys.exit(f"{PAGE} has no region between {BEGIN.strip()!r} and {END!r}")
-    return f"{before}{BEGIN}\n{markdown(family_table(FAMILIES))}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n{markdown(family_table())}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

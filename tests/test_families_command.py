@@ -47,7 +47,7 @@ def test_the_readmes_table_is_what_the_code_says(repo):
 
 
 def kernels(card):
-    return {name: families.kernels_of(name, families.CARDS[card]) for name in FAMILIES}
+    return {name: families.kernels_of(EXAMPLES[name].values, families.CARDS[card]) for name in FAMILIES}
 
 
 def test_kernels_and_reasons_on_cards_that_are_not_here():
@@ -76,13 +76,16 @@ def test_operations_do_choose_what_the_table_says_of_a_gpu():
             assert ("pallas_call" in text) == gpu
 
 
-def test_the_command_prints_tables_and_refuses_unknown_names(capsys):
+def test_the_command_prints_tables_and_refuses_unknown_names(repo, capsys):
     assert families.main(["gemma2", "phi", "--card", "l4", "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "| gemma2 | Gemma 2 | gemma-2-9b | RMSNorm by 1 + w;" in out and "Kernels on l4" in out
     assert "| phi | cudnn | triton (" in out and "\n1. cuDNN attention has no logit softcap" in out
     assert families.main(["llama"]) == 0  # the device that is here
     assert f"Kernels on {jax.local_devices()[0].device_kind}" in capsys.readouterr().out
+    assert families.main(["--config", str(repo / "examples" / "tiny-base" / "config.json"), "--card", "h200"]) == 0
+    assert "tiny-base" in capsys.readouterr().out
+    assert families.main(["--config", str(repo / "README.md")]) == 2 and "config.json" in capsys.readouterr().err
     assert families.main(["gpt2"]) == 2 and "no family gpt2" in capsys.readouterr().err
 
 

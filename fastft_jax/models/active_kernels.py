@@ -8,11 +8,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fastft_jax.models.compute_dtype import FP8_CAPABILITY
 from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.lora import layer_linears
 from fastft_jax.pallas_kernels import attention, nf4, pallas, rms_norm
 from fastft_jax.pallas_kernels.quantised_matmul import supported as few_rows_take
+from fastft_jax.quant.int8 import Int8Array
+from fastft_jax.quant.nf4 import NF4Array
 
 ROWS, TOKENS, DOCUMENTS = 1, 4096, 16  # of the batch that is asked about
 
@@ -48,6 +53,21 @@ def active_kernels(config: DecoderConfig, matrices: list[Matrix], card: Card) ->
             "loss": default,
             "fp8": _fp8(config, card),
         }
+
+
+def base_in_use(decoder: Decoder) -> str:
+    """How a decoder's linears are held, and what decodes them here: `nf4 triton`, `int8 xla`, `weights bfloat16`."""
+    linears = [linear for segment in decoder.segments for place in segment for _, linear in layer_linears(place)]
+    weights = [linear.weight.get_value() for linear in linears]
+    if any(isinstance(w, Int8Array) for w in weights):
+        return "int8 xla"
+    codes = [w.codes for w in weights if isinstance(w, NF4Array)]
+    if not codes:
+        return f"weights {weights[0].dtype.name}{' (trained)' if isinstance(linears[0].weight, nnx.Param) else ''}"
+    left = sum(not nf4.kernel_takes(each) for each in codes)
+    if left and pallas.on_gpu():
+        return f"nf4 triton, but xla for {left} of {len(codes)} stacks: they are more than 2 GiB"
+    return "nf4 xla" if left else "nf4 triton"
 
 
 def _attention(c: DecoderConfig, card: Card, *, packed: bool) -> Active:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from fastft_jax.errors import ConfigError, TrainingError
+from fastft_jax.models.active_kernels import base_in_use
 from fastft_jax.pallas_kernels.attention import current_device, select_implementation
 from fastft_jax.pallas_kernels.linear_cross_entropy import default_chunk_size
 from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
@@ -216,7 +217,7 @@ class Loop:
             compute_capability=capability,
         )
         why = f" ({'; '.join(chosen.reasons)})" if chosen.reasons else ""
-        return f"kernels: attention {chosen.name}{why} | nf4 {'triton' if platform == 'gpu' else 'xla'}"
+        return f"kernels: attention {chosen.name}{why} | {base_in_use(self.model.decoder)}"
 
     def _options(self, policy: Any, source: BatchSource) -> LossOptions:
         vocab = self.model.decoder.config.vocab_size

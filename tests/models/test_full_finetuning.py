@@ -17,6 +17,7 @@ from test_parity import TOLERANCE, load, padded_batch, torch_logits
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert.hf_writer import _places, write_model
 from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.models.active_kernels import base_in_use
 from fastft_jax.models.full import weight_at
 from fastft_jax.quant.trained_linear import trained_linear
 from fastft_jax.trainers.sft import check_output_dir
@@ -160,6 +161,7 @@ def test_a_multimodal_checkpoints_decoder_is_saved_as_the_text_model_it_is(gemma
 
 def test_what_full_finetuning_cannot_be_combined_with_is_refused(base, run, tmp_path):
     model, folder = run
+    assert base_in_use(model.decoder) == "weights float32 (trained)"
     with pytest.raises(ConfigError, match="every weight"):
         FastLanguageModel.get_peft_model(model)
     with pytest.raises(ConfigError, match="NF4"):

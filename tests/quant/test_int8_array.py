@@ -15,6 +15,7 @@ from test_parity import TARGETS, TOLERANCE, our_gradients, padded_batch, torch_g
 from fastft_jax import FastLanguageModel
 from fastft_jax.errors import ConfigError
 from fastft_jax.models import lora
+from fastft_jax.models.active_kernels import base_in_use
 from fastft_jax.quant import int8
 from fastft_jax.quant.int8 import Int8Array
 
@@ -114,6 +115,7 @@ def test_an_int8_base_takes_a_byte_a_weight_and_leaves_a_trained_models_logits_w
     ids = np.random.default_rng(0).integers(0, 200, (2, 24))
     exact, model = np.asarray(load(base, load_in_4bit=False)(ids)), load(base, load_in_8bit=True)
     assert 0 < np.abs(np.asarray(model(ids)) - exact).mean() < 0.015 * np.abs(exact).mean()
+    assert base_in_use(model.decoder) == "int8 xla"
     for _, linear in lora.layer_linears(model.decoder.segments[0][0]):
         w = linear.weight.get_value()
         n, k = w.shape
