@@ -1,5 +1,6 @@
 """Full fine-tuning: transformers' gradient of every parameter, resumable runs, and a folder that transformers loads."""
 
+import errno
 import warnings
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from test_parity import TOLERANCE, load, padded_batch, torch_logits
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.convert import hf_writer
 from fastft_jax.convert.hf_writer import _places, write_model
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.active_kernels import base_in_use
@@ -159,6 +161,20 @@ def test_a_multimodal_checkpoints_decoder_is_saved_as_the_text_model_it_is(gemma
     np.testing.assert_allclose(logits[mask == 1], 0, atol=1e-5)  # both torch, with the same weights
 
 
+def test_a_full_disk_leaves_the_model_that_was_there(run, monkeypatch):
+    model, folder = run
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hf_writer, "write_sharded", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        model.save_pretrained(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    assert not list(folder.glob(".*"))
+
+
 def test_what_full_finetuning_cannot_be_combined_with_is_refused(base, run, tmp_path):
     model, folder = run
     assert base_in_use(model.decoder) == "weights float32 (trained)"
@@ -168,6 +184,9 @@ def test_what_full_finetuning_cannot_be_combined_with_is_refused(base, run, tmp_
         full(base, compute_dtype="fp8")
     with pytest.raises(ConfigError, match="loaded from"):
         full(base).save_pretrained(base)
+    onto_itself = tiny_run.trainer(full(folder), folder, ROWS, **RUN, overwrite_output_dir=True)
+    with pytest.raises(ConfigError, match="loaded from"):  # at the start, not at the end
+        onto_itself.train()
     with pytest.raises(CheckpointError, match="already holds a model"):
         model.save_pretrained(folder, overwrite=False)
     adapter = FastLanguageModel.get_peft_model(load(base), target_modules=["q_proj"])
