@@ -96,6 +96,7 @@ class Attention(nnx.Module):
             k_norm=self.k_norm.weight.get_value() if by_head else None,
             eps=self.q_norm.eps if by_head else None,
             plus_one=by_head and self.q_norm.plus_one,
+            train_weight=by_head and self.q_norm.trained,
         )
         q, k, v = keep("q", q), keep("k", k), keep("v", v)
         if cache is not None:

@@ -20,7 +20,7 @@ from fastft_jax.models.remat import LAYER_INPUT, Policy
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.rope import rope_tables
 from fastft_jax.models.stack import run_layers
-from fastft_jax.quant.nf4 import NF4Array
+from fastft_jax.quant.dense import is_quantised
 
 # path inside a layer or the decoder, its shape, the layers to stack (None: not in a layer) -> array or quantised array
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
@@ -277,7 +277,7 @@ class _Stack(NamedTuple):
         """The layers of one turn of the loop."""
 
         def pick(leaf):
-            return leaf.at(index) if isinstance(leaf, NF4Array) else leaf[index]
+            return leaf.at(index) if is_quantised(leaf) else leaf[index]
 
-        here = jax.tree.map(pick, frozen, is_leaf=lambda leaf: isinstance(leaf, NF4Array))
+        here = jax.tree.map(pick, frozen, is_leaf=is_quantised)
         return [nnx.merge(*parts) for parts in zip(self.definitions, trainable, here, strict=True)]
