@@ -15,7 +15,9 @@ from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.layers import Linear
-from fastft_jax.quant.nf4 import NF4Array, dequantize
+from fastft_jax.quant.dense import dense, is_quantised
+from fastft_jax.quant.int8 import Int8Array
+from fastft_jax.quant.nf4 import NF4Array
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,12 @@ def _position(rows: tuple[int, ...] | None, row: int) -> int | None:
 
 @jax.jit
 def _merged(
-    weight: NF4Array | Float[Array, "L N K"],
+    weight: NF4Array | Int8Array | Float[Array, "L N K"],
     row: Array,
     pair: tuple[Float[Array, "R K"], Float[Array, "N R"]] | None,
     scaling: Any,
 ) -> Float[Array, "N K"]:
-    quantised = isinstance(weight, NF4Array)
-    w = dequantize(weight.at(row), jnp.float32) if quantised else weight[row].astype(jnp.float32)
+    w = dense(weight.at(row) if is_quantised(weight) else weight[row], jnp.float32)
     if pair is None:
         return w
     a, b = pair

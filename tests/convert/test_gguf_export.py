@@ -20,6 +20,7 @@ from fastft_jax.convert.merge import merged_tensors
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.families.registry import config_from_hf
 from fastft_jax.models.lora import layer_linears
+from fastft_jax.quant.dense import dense, is_quantised
 from fastft_jax.quant.nf4 import dequantize
 
 
@@ -88,6 +89,18 @@ def test_a_trained_head_is_untied_and_written(repo, tmp_path):
     np.testing.assert_array_equal(tensors["output.weight"][1], 2 * tensors["token_embd.weight"][1])
     with pytest.raises(ConfigError, match="cannot hold lm_head, which was trained whole"):
         model.save_pretrained_gguf(tmp_path, quantization_method="lora")
+
+
+@pytest.mark.parametrize("options", [{"load_in_8bit": True, "load_in_4bit": False}, {"full_finetuning": True}])
+def test_int8_and_fully_tuned_models_are_written_as_they_compute(options, repo, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        repo / "examples" / "tiny-base", max_seq_length=32, dtype="float32", **options
+    )
+    (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32")
+    _, tensors = gguf_tiny.contents(path)
+    weight = model.decoder.segments[0][0].mlp.down_proj.weight.get_value()
+    expected = dense(weight.at(1) if is_quantised(weight) else weight[1], jnp.float32)
+    np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"][1], expected)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_k_m"])
