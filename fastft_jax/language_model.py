@@ -24,6 +24,7 @@ from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dty
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import config_from_hf
+from fastft_jax.models.lora_starts import checked_init
 from fastft_jax.models.remat import Policy, resolve_policy
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
@@ -167,10 +168,7 @@ class FastLanguageModel(Adapters):
         """
         if model.peft_config is not None:
             raise ConfigError("this model has an adapter already; load the base again to start another")
-        if loftq_config:
-            raise NotImplementedError("loftq_config is not built yet")
-        if init_lora_weights not in lora.INITIALISATIONS:
-            raise NotImplementedError(f"init_lora_weights={init_lora_weights!r} is not built yet")
+        init = checked_init(init_lora_weights, loftq_config)
         if not (isinstance(r, int) and r >= 1):
             raise ConfigError(f"r={r!r} must be a whole number of at least 1")
         if not 0.0 <= lora_dropout < 1.0:
@@ -194,7 +192,8 @@ class FastLanguageModel(Adapters):
             modules_to_save=list(modules_to_save) if modules_to_save else None,
             use_rslora=use_rslora,
             layers_to_transform=[layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform,
-            init_lora_weights=init_lora_weights,
+            # LoftQ's pair is plain LoRA beside the base as it is: PEFT would start anew from a config that names it
+            init_lora_weights=True if init == "loftq" else init,
             use_dora=use_dora,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
@@ -203,7 +202,7 @@ class FastLanguageModel(Adapters):
         adapted = model._matched(config)
         peft.check_pattern(config["rank_pattern"], "rank_pattern", adapted)
         peft.check_pattern(config["alpha_pattern"], "alpha_pattern", adapted)
-        model._attach(config, random_state, init=init_lora_weights)
+        model._attach(config, random_state, init=init)
         model.active_adapter = DEFAULT_NAME
         model.remat_policy = policy
         return model
@@ -222,7 +221,7 @@ class FastLanguageModel(Adapters):
         """
         self.remat_policy = resolve_policy(lora_options["use_gradient_checkpointing"])
         if lora_options["loftq_config"]:
-            raise NotImplementedError("loftq_config is not built yet")
+            raise ConfigError("lora.loftq_config starts a new adapter, and this one is trained on")
         for key in sorted(given - {"use_gradient_checkpointing", "random_state", "loftq_config"}):
             wanted, has = lora_options[key], self.peft_config[key]
             if key == "target_modules" and wanted == peft.ALL_LINEAR:

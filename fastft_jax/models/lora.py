@@ -34,6 +34,7 @@ class Site:
     path: str  # self_attn.q_proj
     linear: Linear
     row: int
+    layer: int
 
     @property
     def adapted(self) -> bool:
@@ -46,7 +47,7 @@ def sites(decoder: Decoder, names: NameTable) -> Iterator[Site]:
     for layer in range(decoder.config.num_hidden_layers):
         s, p, row = decoder.config.place_of(layer)
         for path, linear in layer_linears(decoder.segments[s][p]):
-            yield Site(names.hf_name(f"{path}.weight", layer).removesuffix(".weight"), path, linear, row)
+            yield Site(names.hf_name(f"{path}.weight", layer).removesuffix(".weight"), path, linear, row, layer)
 
 
 def layer_linears(layer: nnx.Module) -> list[tuple[str, Linear]]:
