@@ -229,6 +229,8 @@ class FastLanguageModel(Adapters):
                 wanted = peft.condense_targets(peft.match_targets(wanted, paths), paths)
             if key == "layers_to_transform" and isinstance(wanted, int):
                 wanted = [wanted]
+            if key.endswith("_pattern"):
+                wanted = wanted or {}
             if (set(wanted) if isinstance(wanted, list) else wanted) != (set(has) if isinstance(has, list) else has):
                 raise ConfigError(
                     f"lora.{key}={lora_options[key]!r}, but the adapter {self.adapter_path} was made with {has!r}"

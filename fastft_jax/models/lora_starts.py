@@ -9,13 +9,14 @@ s (B A - B0 A0) x, the same function, saved as plain LoRA of twice the rank.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.errors import ConfigError
-from fastft_jax.models.layers import Frozen, Linear
+from fastft_jax.models.layers import Frozen
 from fastft_jax.models.lora import INITIALISATIONS, Site
 from fastft_jax.quant.low_rank import low_rank_pair
 from fastft_jax.quant.nf4 import NF4Array, dequantize
@@ -91,7 +92,9 @@ def _set_pairs(targets: Sequence[Site], make: Callable[[Site, Array, int], tuple
         for at, site in enumerate(sorted(group, key=lambda site: site.row)):
             r = widest if linear.ranks is None else linear.ranks[at]
             scaling = linear.scaling[at] if isinstance(linear.scaling, tuple) else linear.scaling
-            a, b = (part / scaling**0.5 for part in make(site, _decoded(linear, site.row), r))
+            a, b = (
+                part / scaling**0.5 for part in make(site, _decoded(linear.weight.get_value(), jnp.int32(site.row)), r)
+            )
             if a.shape[0] < r:
                 raise ConfigError(f"r={r} is more than the rank that {site.hf_path} can have: at most {a.shape[0]}")
             pairs.append((jnp.pad(a, ((0, widest - r), (0, 0))), jnp.pad(b, ((0, 0), (0, widest - r)))))
@@ -99,8 +102,8 @@ def _set_pairs(targets: Sequence[Site], make: Callable[[Site, Array, int], tuple
         linear.lora_A, linear.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
 
 
-def _decoded(linear: Linear, row: int) -> Float[Array, "N K"]:
-    weight = linear.weight.get_value()
+@jax.jit
+def _decoded(weight: Float[Array, "L N K"] | NF4Array, row: Int[Array, ""]) -> Float[Array, "N K"]:
     if isinstance(weight, NF4Array):
-        return dequantize(weight.at(jnp.int32(row)), jnp.float32)
+        return dequantize(weight.at(row), jnp.float32)
     return weight[row].astype(jnp.float32)

@@ -40,7 +40,6 @@ def _orthonormal(columns: Float[Array, "N R"]) -> Float[Array, "N R"]:
     return jnp.linalg.qr(columns)[0]
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def loftq(
     w: Float[Array, "N K"], r: int, iterations: int, power_iterations: int | None = None, double_quant: bool = True
 ) -> tuple[NF4Array, Float[Array, "R K"], Float[Array, "N R"]]:
@@ -48,11 +47,15 @@ def loftq(
 
     After one iteration Q is the plain NF4(w). Source: Li et al. 2023, arXiv:2310.08659, algorithm 1.
     """
-    q, pair = quantize(w, double_quant=double_quant), None
+    q, pair = _encode(w, double_quant=double_quant), None
     for turn in range(iterations):
         if turn:
             a, b = pair
             rest = w.astype(jnp.float32) - jnp.matmul(b, a, precision=_EXACT)
-            q = quantize(rest.astype(w.dtype), double_quant=double_quant)
-        pair = low_rank_pair(w.astype(jnp.float32) - dequantize(q, jnp.float32), r, power_iterations)
+            q = _encode(rest.astype(w.dtype), double_quant=double_quant)
+        pair = low_rank_pair(w.astype(jnp.float32) - _decode(q, jnp.float32), r, power_iterations)
     return q, *pair
+
+
+_encode = jax.jit(quantize, static_argnames="double_quant")
+_decode = jax.jit(dequantize, static_argnums=1)
