@@ -27,6 +27,7 @@ class _Away(NamedTuple):
 
     config: dict[str, Any]
     path: Path | None
+    loftq_start: dict[str, np.ndarray]
     taken: dict[Any, Any]
 
 
@@ -45,6 +46,7 @@ class Adapters:
         self.adapter_path: Path | None = None  # where a loaded adapter came from
         self.active_adapter: str | None = None
         self._away: dict[str, _Away] = {}
+        self._loftq_start: dict[str, np.ndarray] = {}  # of the active adapter, if it has a base of its own
         self._originals = adapter_swap.Originals()
 
     # --- several adapters on one base ----------------------------------------------------------------------------
@@ -74,6 +76,7 @@ class Adapters:
         except BaseException:
             adapter_swap.take_off(self.decoder, self._originals)
             self.active_adapter = self.peft_config = self.adapter_path = None
+            self._loftq_start = {}
             raise
         finally:
             if before is not None:
@@ -111,6 +114,7 @@ class Adapters:
 
     def _add(self, name: str, config: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> None:
         self._attach(config, seed=0, init=True)
+        self._code_base_anew(tensors)
         self._take_tensors(folder, tensors)
         self.active_adapter, self.adapter_path = name, folder
 
@@ -118,11 +122,12 @@ class Adapters:
         if self.active_adapter is None:
             return
         taken = adapter_swap.take_off(self.decoder, self._originals)
-        self._away[self.active_adapter] = _Away(self.peft_config, self.adapter_path, taken)
+        self._away[self.active_adapter] = _Away(self.peft_config, self.adapter_path, self._loftq_start, taken)
         self.active_adapter = self.peft_config = self.adapter_path = None
+        self._loftq_start = {}
 
     def _take_up(self, name: str) -> None:
-        self.peft_config, self.adapter_path, taken = self._away.pop(name)
+        self.peft_config, self.adapter_path, self._loftq_start, taken = self._away.pop(name)
         adapter_swap.put_on(self.decoder, taken)
         self.active_adapter = name
 
@@ -196,7 +201,7 @@ class Adapters:
             seed=seed,
         )
         if from_weights:
-            self._start_from_weights(targets, init)
+            self._start_from_weights(targets, init, config)
         for path in ends:
             options = {"r": rank[path], "scaling": scaling[path], "init": init, "seed": seed}
             if path == self._head_path:
@@ -210,12 +215,27 @@ class Adapters:
                 self.decoder, self.names, self._saved_paths(config["modules_to_save"]), self._originals
             )
 
-    def _start_from_weights(self, targets: list[lora.Site], init: str) -> None:
+    def _start_from_weights(self, targets: list[lora.Site], init: str, config: dict[str, Any]) -> None:
         if init != lora_starts.LOFTQ:
             lora_starts.start_from_principal_part(targets, lora_starts.power_iterations(init))
             return
-        original = OriginalWeights(resolve_model(self.name_or_path), self.names)
-        lora_starts.start_from_quantisation_error(targets, lambda site: original(site.path, site.layer))
+        turns = (config["loftq_config"] or {}).get("loftq_iter", 1)
+        self._loftq_start = lora_starts.start_from_quantisation_error(
+            self.decoder, targets, self._original_weights(), turns, self._originals
+        )
+
+    def _original_weights(self) -> lora_starts.Original:
+        weights = OriginalWeights(resolve_model(self.name_or_path), self.names)
+        return lambda site: weights(site.path, site.layer)
+
+    def _code_base_anew(self, tensors: dict[str, np.ndarray]) -> None:
+        """The NF4 codes that belong to a loaded LoftQ adapter with a base of its own."""
+        ends = (f".{lora_starts.START_A}", f".{lora_starts.START_B}")
+        self._loftq_start = {n.removeprefix(PREFIX): tensors[n] for n in tensors if n.endswith(ends)}
+        if self._loftq_start:
+            paths = {name.rpartition(".")[0] for name in self._loftq_start}
+            targets = [site for site in lora.sites(self.decoder, self.names) if site.hf_path in paths]
+            lora_starts.requantise(self.decoder, targets, self._original_weights(), self._loftq_start, self._originals)
 
     def _saved_paths(self, modules: list[str]) -> list[str]:
         paths = [whole.hf_path for whole in whole_modules.saveable(self.decoder, self.names)]
@@ -231,6 +251,10 @@ class Adapters:
         module = name.removesuffix(".bias")
         adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted}
         return peft.bias_name(module, adapted=module in adapted)
+
+    def _other_tensors(self) -> dict[str, np.ndarray]:
+        """What is saved beside the trained tensors."""
+        return self._base_tensors() | {f"{PREFIX}{name}": value for name, value in self._loftq_start.items()}
 
     def _base_tensors(self) -> dict[str, np.ndarray]:
         """The base's own embedding and head, where they are adapted: PEFT saves them whole beside the pair."""
@@ -248,7 +272,7 @@ class Adapters:
         for name, start in lora.start_tensors(self.decoder, self.names).items():  # [A; A0] and [B, -B0]
             parts = (start, 0) if name.endswith("lora_A.weight") else (-start, 1)
             tensors[name] = np.concatenate([tensors[name], np.asarray(parts[0])], axis=parts[1])
-        return {self._peft_name(name): value for name, value in tensors.items()} | self._base_tensors()
+        return {self._peft_name(name): value for name, value in tensors.items()} | self._other_tensors()
 
     def _saved_config(self) -> dict[str, Any]:
         """adapter_config.json for `_saved_tensors`: that of plain LoRA of twice the rank where a pair is subtracted."""
@@ -268,7 +292,8 @@ class Adapters:
         mine = lora.trainable_tensors(self.decoder, self.names)
         ours = {self._peft_name(name): name for name in mine}
         base = self._base_tensors() if any(name.endswith(".base_layer.weight") for name in tensors) else {}
-        missing, unexpected = sorted(ours.keys() - tensors.keys()), sorted(tensors.keys() - ours.keys() - base.keys())
+        known = ours.keys() | base.keys() | {f"{PREFIX}{name}" for name in self._loftq_start}
+        missing, unexpected = sorted(ours.keys() - tensors.keys()), sorted(tensors.keys() - known)
         if missing or unexpected:
             what = f"lacks {missing[0]!r}" if missing else f"holds {unexpected[0]!r}, which nothing here takes"
             raise CheckpointError(f"adapter {folder} {what} ({len(missing)} missing, {len(unexpected)} unexpected)")

@@ -166,9 +166,10 @@ class FastLanguageModel(Adapters):
         The default of target_modules means every linear layer, also where a family gives them other names (Phi).
         rank_pattern and alpha_pattern give modules ranks and alphas of their own: expressions for the ends of paths.
         """
-        if model.peft_config is not None:
+        if model.adapter_names:
             raise ConfigError("this model has an adapter already; load the base again to start another")
         init = checked_init(init_lora_weights, loftq_config)
+        own_base = init == "loftq" and (loftq_config or {}).get("loftq_iter", 1) > 1
         if not (isinstance(r, int) and r >= 1):
             raise ConfigError(f"r={r!r} must be a whole number of at least 1")
         if not 0.0 <= lora_dropout < 1.0:
@@ -192,8 +193,10 @@ class FastLanguageModel(Adapters):
             modules_to_save=list(modules_to_save) if modules_to_save else None,
             use_rslora=use_rslora,
             layers_to_transform=[layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform,
-            # LoftQ's pair is plain LoRA beside the base as it is: PEFT would start anew from a config that names it
-            init_lora_weights=True if init == "loftq" else init,
+            # One turn of LoftQ leaves the base as it is, so its pair is plain LoRA: a config that says more would make
+            # PEFT start anew
+            init_lora_weights=True if init == "loftq" and not own_base else init,
+            loftq_config={"loftq_bits": 4, **loftq_config} if own_base else None,
             use_dora=use_dora,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,

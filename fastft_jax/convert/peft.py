@@ -122,6 +122,7 @@ def adapter_config(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_dora: bool = False,
+    loftq_config: Mapping[str, int] | None = None,
     revision: str | None = None,
     task_type: str | None = "CAUSAL_LM",
 ) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def adapter_config(
         "init_lora_weights": init_lora_weights,
         "layers_pattern": listed(layers_pattern),
         "layers_to_transform": listed(layers_to_transform),
-        "loftq_config": {},
+        "loftq_config": dict(loftq_config or {}),
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
         "modules_to_save": listed(modules_to_save),
@@ -244,8 +245,8 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
 def unsupported(config: Mapping[str, Any], tensors: Collection[str]) -> list[str]:
     """What changes the adapter's maths and is not built yet, one entry a feature; empty means that nothing does."""
     found = [f"{key}={config[key]!r}" for key in sorted(config) if key not in _HARMLESS and config[key]]
-    init = config.get("init_lora_weights")
-    if init not in _PLAIN_INITS:
+    init, kinds = config.get("init_lora_weights"), {p.kind for name in tensors if (p := parse_name(name))}
+    if init not in _PLAIN_INITS and not (init == "loftq" and "loftq_start_A" in kinds):
         found.append(
             f"init_lora_weights={init!r} (it changes the base weights; PEFT converts such an adapter with "
             f"save_pretrained(path_initial_model_for_weight_conversion=...))"
@@ -253,7 +254,6 @@ def unsupported(config: Mapping[str, Any], tensors: Collection[str]) -> list[str
     for module in config.get("modules_to_save") or ():
         if not module.endswith(_SAVEABLE):
             found.append(f"modules_to_save={module!r} (only embed_tokens, lm_head and norms can be trained in full)")
-    kinds = {parsed.kind for name in tensors if (parsed := parse_name(name))}
     for kind, key in (
         ("lora_magnitude_vector", "use_dora"),
         ("lora_B.bias", "lora_bias"),

@@ -8,6 +8,7 @@
     .base_layer.weight                                 the base's own weight beside LoRA on the embedding or the head
     .lora_embedding_A [R, V]   .lora_embedding_B [D, R]  LoRA on the embedding
     .lora_magnitude_vector [out]                       DoRA's
+    .loftq_start_A, .loftq_start_B                     ours alone: what the base of a LoftQ adapter was coded less
 """
 
 import re
@@ -29,6 +30,7 @@ class TensorName(NamedTuple):
 _KINDS = (  # longest first: "x.base_layer.weight" also ends with ".weight"
     *("lora_A.weight", "lora_B.weight", "base_layer.weight", "base_layer.bias"),
     *("lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    *("loftq_start_A", "loftq_start_B"),
     *("token_adapter.trainable_tokens_delta", "weight", "bias"),
 )
 

@@ -38,6 +38,7 @@ class Linear(nnx.Module):
     columns of B beyond a layer's own are zero and stay so, since the gradient of either is a product with the other.
     `magnitude` m [r, N] makes it DoRA: everything but the bias times m / ||W + scaling B A||, row by row (`dora.py`).
     `start_A`, `start_B` [as A and B]: a frozen pair that is subtracted, for adapters that start from W itself (PiSSA).
+    `requantised` says that `weight` was coded anew for this adapter (LoftQ).
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
@@ -48,7 +49,7 @@ class Linear(nnx.Module):
         self.lora_A, self.lora_B, self.trained_bias = nnx.data(None), nnx.data(None), nnx.data(None)
         self.magnitude, self.start_A, self.start_B = nnx.data(None), nnx.data(None), nnx.data(None)
         self.row_scaling, self.has_magnitude = nnx.data(None), nnx.data(None)  # made by `expand`
-        self.dropout = 0.0
+        self.dropout, self.requantised = 0.0, False
         self.scaling: float | tuple[float, ...] = 1.0
         self.ranks: tuple[int, ...] | None = None
         self.adapted_rows: tuple[int, ...] | None = None

@@ -1,6 +1,7 @@
 """The best pair of low rank for a matrix, and LoftQ: an NF4 weight and a pair that together come closest to it."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,22 +41,41 @@ def _orthonormal(columns: Float[Array, "N R"]) -> Float[Array, "N R"]:
     return jnp.linalg.qr(columns)[0]
 
 
+class LoftQ(NamedTuple):
+    """Q + B A close to a matrix. Q = NF4(w - last_b last_a): the pair of the turn before, None after a single turn."""
+
+    q: NF4Array
+    a: Float[Array, "R K"]
+    b: Float[Array, "N R"]
+    last_a: Float[Array, "R K"] | None
+    last_b: Float[Array, "N R"] | None
+
+
 def loftq(
     w: Float[Array, "N K"], r: int, iterations: int, power_iterations: int | None = None, double_quant: bool = True
-) -> tuple[NF4Array, Float[Array, "R K"], Float[Array, "N R"]]:
+) -> LoftQ:
     """Q in NF4 and a pair of rank r with Q + B A close to w, by turns: Q = NF4(w - B A), then B A = w - Q at rank r.
 
-    After one iteration Q is the plain NF4(w). Source: Li et al. 2023, arXiv:2310.08659, algorithm 1.
+    After one turn Q is the plain NF4(w). Source: Li et al. 2023, arXiv:2310.08659, algorithm 1.
     """
-    q, pair = _encode(w, double_quant=double_quant), None
+    last_a, last_b, q = None, None, _encode(w, double_quant=double_quant)
     for turn in range(iterations):
         if turn:
-            a, b = pair
-            rest = w.astype(jnp.float32) - jnp.matmul(b, a, precision=_EXACT)
-            q = _encode(rest.astype(w.dtype), double_quant=double_quant)
-        pair = low_rank_pair(w.astype(jnp.float32) - _decode(q, jnp.float32), r, power_iterations)
-    return q, *pair
+            (last_a, last_b), q = (a, b), requantised(w, a, b, double_quant)
+        a, b = low_rank_pair(_difference(w, q), r, power_iterations)
+    return LoftQ(q, a, b, last_a, last_b)
+
+
+@partial(jax.jit, static_argnums=3)
+def requantised(w: Float[Array, "N K"], a: Float[Array, "R K"], b: Float[Array, "N R"], double_quant: bool) -> NF4Array:
+    """NF4(w - B A), from w's own dtype."""
+    rest = w.astype(jnp.float32) - jnp.matmul(b, a, precision=_EXACT)
+    return quantize(rest.astype(w.dtype), double_quant=double_quant)
 
 
 _encode = jax.jit(quantize, static_argnames="double_quant")
-_decode = jax.jit(dequantize, static_argnums=1)
+
+
+@jax.jit
+def _difference(w: Float[Array, "N K"], q: NF4Array) -> Float[Array, "N K"]:
+    return w.astype(jnp.float32) - dequantize(q, jnp.float32)
