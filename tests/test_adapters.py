@@ -300,11 +300,10 @@ def test_loftq_takes_back_part_of_what_nf4_lost(folder, bare, tmp_path):
     """One turn beside the base as it is; with two the adapter has a base of its own, which a reader codes again."""
     exact, model = np.asarray(bare(IDS)), load(folder, load_in_4bit=True)
     plain, decoded = np.asarray(model(IDS)), jax.jit(lambda weight, row: dequantize(weight.at(row), jnp.float32))
-    targets = ["q_proj", "o_proj", "gate_proj", "up_proj"]  # two shapes to compile for
-    options = dict(r=16, lora_alpha=8, target_modules=targets)
+    options = dict(r=16, lora_alpha=8, target_modules=["q_proj", "o_proj"])  # of one shape: there is one to compile for
     FastLanguageModel.get_peft_model(model, **options, loftq_config={"loftq_iter": 1})
     one_turn = np.linalg.norm(np.asarray(model(IDS)) - exact)
-    assert one_turn < 0.9 * np.linalg.norm(plain - exact)
+    assert one_turn < 0.95 * np.linalg.norm(plain - exact)
     for mine, other in zip(lora.sites(model.decoder, model.names), lora.sites(bare.decoder, bare.names), strict=True):
         if mine.adapted:
             w, q = other.linear.weight[mine.row], decoded(mine.linear.weight.get_value(), mine.row)
@@ -332,8 +331,10 @@ def test_each_turn_of_loftq_brings_the_sum_closer_to_the_weight():
     rng = np.random.default_rng(0)
     w = rng.normal(0, 0.02, (96, 128)).astype("f") * np.exp(rng.normal(0, 1, (1, 128))).astype("f")
 
+    decode = jax.jit(lambda q: dequantize(q, jnp.float32))
+
     def distance(q, a, b):
-        return np.linalg.norm(w.astype(np.float64) - np.asarray(dequantize(q, jnp.float32), np.float64) - b @ a)
+        return np.linalg.norm(w.astype(np.float64) - np.asarray(decode(q), np.float64) - b @ a)
 
     q = jax.jit(quantize)(w)
     none = distance(q, np.zeros((1, 128)), np.zeros((96, 1)))
