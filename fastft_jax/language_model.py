@@ -294,9 +294,10 @@ def _logical_sizes(decoder: Decoder) -> Iterable[int]:
     counted = set()  # a tied head that is adapted shares the embedding's array
     for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Not(nnx.Param))):
         value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-        if id(value) in counted:
+        array = jax.tree.leaves(value)[0]  # the decoder holds it, so its id is its own; `value` may be a passing copy
+        if id(array) in counted:
             continue
-        counted.add(id(value))
+        counted.add(id(array))
         if dataclasses.is_dataclass(value):
             yield value.codes.shape[0] * int(np.prod(value.shape))
         else:

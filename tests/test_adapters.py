@@ -159,7 +159,10 @@ def test_adapter_made_by_peft_gives_its_logits_gradients_and_step(made_by_peft, 
         assert mine.keys() == wanted.keys()
         for name, value in wanted.items():
             np.testing.assert_allclose(mine[name], value, atol=TOLERANCE, rtol=0, err_msg=name)
-        assert bare.num_parameters()[0] == sum(value.size for value in wanted.values())
+        trainable, total = bare.num_parameters()
+        assert trainable == sum(value.size for value in wanted.values())
+        replaced = sum(value.size for name, value in wanted.items() if "norm" in name)
+        assert total - trainable + replaced == sum(p.numel() for p in tiny_base(theirs))
 
         q_proj = grads.segments[0][0].self_attn.q_proj
         a, b = np.asarray(q_proj.lora_A[...]), np.asarray(q_proj.lora_B[...])
@@ -181,6 +184,11 @@ def test_what_is_zero_and_has_no_gradient_stays_zero_under_an_optimizer_with_wei
         step, state = update(gradient, state, leaf)
         leaf = leaf + step
     assert not np.asarray(leaf[5:]).any() and np.asarray(step[:5]).all()
+
+
+def tiny_base(model) -> list:
+    """The base's own parameters, a tied one once."""
+    return [p for name, p in model.named_parameters() if "lora_" not in name and "modules_to_save" not in name]
 
 
 def bare_name(name: str) -> str:
@@ -302,6 +310,8 @@ def test_loftq_takes_back_part_of_what_nf4_lost(folder, bare, tmp_path):
     plain, decoded = np.asarray(model(IDS)), jax.jit(lambda weight, row: dequantize(weight.at(row), jnp.float32))
     options = dict(r=16, lora_alpha=8, target_modules=["q_proj", "o_proj"])  # of one shape: there is one to compile for
     FastLanguageModel.get_peft_model(model, **options, loftq_config={"loftq_iter": 1})
+    trainable, total = model.num_parameters()
+    assert total - trainable == bare.num_parameters()[1]
     one_turn = np.linalg.norm(np.asarray(model(IDS)) - exact)
     assert one_turn < 0.95 * np.linalg.norm(plain - exact)
     for mine, other in zip(lora.sites(model.decoder, model.names), lora.sites(bare.decoder, bare.names), strict=True):
