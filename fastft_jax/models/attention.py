@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.config import DecoderConfig, LayerKind
 from fastft_jax.models.layers import LayerNorm, Linear, RMSNorm, project_normed
-from fastft_jax.models.residuals import Keep
+from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.attention import attention
 from fastft_jax.pallas_kernels.rope import rope_qkv
 
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Slot,
         norm: RMSNorm | LayerNorm | None,
         seq: Sequence,
         keep: Keep,

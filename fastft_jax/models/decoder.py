@@ -17,7 +17,7 @@ from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, drop, make_norm
 from fastft_jax.models.mlp import GatedMLP, PlainMLP
 from fastft_jax.models.remat import LAYER_INPUT, Policy
-from fastft_jax.models.residuals import Keep
+from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.rope import rope_tables
 from fastft_jax.models.stack import run_layers
 from fastft_jax.quant.lora_linear import contract
@@ -78,18 +78,18 @@ class DecoderLayer(nnx.Module):
         if self.parallel:
             normed = self.input_layernorm(x)
             with jax.named_scope("attention"):
-                out, _, cache = self.self_attn(normed, None, seq, keep, cache, attention_keys)
+                out, _, cache = self.self_attn(Slot(normed), None, seq, keep, cache, attention_keys)
             x = self._add(x, out)
             with jax.named_scope("mlp"):
-                out, _ = self.mlp(normed, None, keep, mlp_keys)
+                out, _ = self.mlp(Slot(normed), None, keep, mlp_keys)
             return self._add(x, out), cache
         with jax.named_scope("attention"):
-            out, x, cache = self.self_attn(x, self.input_layernorm, seq, keep, cache, attention_keys)
+            out, x, cache = self.self_attn(keep.input(x), self.input_layernorm, seq, keep, cache, attention_keys)
             if self.attention_output_norm is not None:
                 out = self.attention_output_norm(keep("block_out", out))
-        x = keep("mid_residual", self._add(x, out))
+        middle = keep.shared_slot("mid_residual", self._add(x, out))
         with jax.named_scope("mlp"):
-            out, x = self.mlp(x, self.post_attention_layernorm, keep, mlp_keys)
+            out, x = self.mlp(middle, self.post_attention_layernorm, keep, mlp_keys)
             if self.mlp_output_norm is not None:
                 out = self.mlp_output_norm(keep("block_out", out))
         return self._add(x, out), cache

@@ -99,7 +99,7 @@ def project(
 def project_normed(
     norm: "RMSNorm | LayerNorm | None",
     linears: Sequence[Linear],
-    x: Float[Array, "B T K"],
+    slot: Slot,
     keep: Keep,
     dropout_keys: Sequence[Array | None],
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T K"]]:
@@ -107,10 +107,12 @@ def project_normed(
 
     Without a norm the linears read x itself. Only RMSNorm is one op with its linears.
     """
+    x, stack, index = slot
     if not isinstance(norm, RMSNorm) or norm.trained or _drops(linears, dropout_keys):
         return project(linears, x if norm is None else norm(x), keep, dropout_keys), x
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
-    y, x = norm_linear(x, norm.weight.get_value(), Norm(norm.eps, norm.plus_one), projections, scalings, keep)
+    normed = Norm(norm.eps, norm.plus_one)
+    y, x = norm_linear(x, norm.weight.get_value(), normed, projections, scalings, keep, stack=stack, index=index)
     return _finished(y, linears), x
 
 
@@ -135,12 +137,13 @@ def runs_in_fp8(linears: Sequence[Linear], x: Float[Array, "B T K"], dropout_key
 
 
 def project_fp8_mlp(
-    norm: "RMSNorm", linears: Sequence[Linear], x: Float[Array, "B T D"], keep: Keep, activation: Activation = "silu"
+    norm: "RMSNorm", linears: Sequence[Linear], slot: Slot, keep: Keep, activation: Activation = "silu"
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """`down(act(gate(n)) * up(n))` with n = norm(x), in fp8; and x again. linears: gate, up, down."""
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
     normed = Norm(norm.eps, norm.plus_one)
-    return fp8_mlp(x, norm.weight.get_value(), normed, projections, scalings, keep, activation)
+    x, stack, at = slot
+    return fp8_mlp(x, norm.weight.get_value(), normed, projections, scalings, keep, activation, stack=stack, at=at)
 
 
 def _projection(linear: Linear) -> Projection:

@@ -36,13 +36,19 @@ def _kernel(index_ref, *refs, tiles: Tiles, m: int, f: int, sizes, activation: s
 
 
 def _call(name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, interpret) -> list[Array]:
-    """d_gate_up (where there is a d_act) and act."""
+    """d_gate_up (where there is a d_act) and act; in the places of gate_up's sums and of d_act's where they may be."""
     sums, *others = gate_up
     m, f = sums.shape[-2], sums.shape[-1] // 2
     operands = [jnp.asarray(0 if index is None else index, jnp.int32).reshape(1), sums.reshape(-1, 2 * f), *others]
     operands += d_act
     outs = [jax.ShapeDtypeStruct((m, 2 * f), dtype)] * bool(d_act) + [jax.ShapeDtypeStruct((m, f), dtype)]
     options = dict(m=m, f=f, activation=activation, ranks=ranks)
+    aliases = {1: 0, 1 + len(gate_up): 1} if d_act else {}  # a program has read its tiles before it writes them
+    aliases = {
+        i: o for i, o in aliases.items() if (operands[i].shape, operands[i].dtype) == (outs[o].shape, outs[o].dtype)
+    }
+    if index is not None:
+        aliases.pop(1, None)  # a stack of many layers' stays as it is
     return pallas.call(
         functools.partial(_kernel, tiles=tiles, sizes=(len(gate_up), len(d_act)), **options),
         name=f"fp8_{activation}_{name}",
@@ -50,6 +56,7 @@ def _call(name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, i
         in_specs=[whole(a) for a in operands],
         out_specs=[whole(a) for a in outs],
         out_shape=outs,
+        input_output_aliases=aliases,
         num_warps=tiles.num_warps,
         num_stages=1,
         interpret=interpret,
