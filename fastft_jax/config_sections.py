@@ -107,8 +107,8 @@ class LoraSection(Options):
     layers_to_transform: list[Annotated[int, BeforeValidator(whole)]] | int | None = None
     """Layers to adapt, counted from 0; null: all."""
     loftq_config: dict[str, Any] | None = None
-    """{loftq_iter: 1}: start from the largest part of what NF4 lost of each weight, read from the 16-bit checkpoint; more
-    turns code the base anew for this adapter."""
+    """{loftq_iter: 1}: start from the largest part of what NF4 lost of each weight, read from the 16-bit checkpoint;
+    more turns code the base anew for this adapter."""
     use_dora: bool = False
     """Train the length of each row of the adapted weights apart from its direction (DoRA); slower."""
     rank_pattern: dict[str, int] | None = None
