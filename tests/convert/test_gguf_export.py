@@ -266,3 +266,20 @@ def test_derived_turns_render_released_templates(name, shared_data):
     talk = TALK if turns.system else TALK[1:]
     expected = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     assert turns.render(talk) == expected.removeprefix("<s>")
+
+
+@pytest.mark.parametrize("variant", ["dora", "embed_lora", "patterns", "norms_saved"])
+def test_merged_files_of_every_kind_of_adapter_compute_what_peft_merged_does(variant, shared_data, stories, tmp_path):
+    """PEFT's logits in the shared data, against the float32 file read back; and what llama.cpp's form cannot hold."""
+    adapter = shutil.copytree(shared_data / "peft" / variant, tmp_path / "adapter", copy_function=shutil.copyfile)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(stories())}))
+    options = {"max_seq_length": 64, "dtype": "float32", "load_in_4bit": False}
+    model, tokenizer = FastLanguageModel.from_pretrained(adapter, **options)
+    (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32")
+    merged, _ = FastLanguageModel.from_pretrained(path, **options)
+    reference = np.load(shared_data / "peft" / variant / "reference.npz")
+    np.testing.assert_allclose(merged(reference["input_ids"]), reference["logits"], atol=2e-4)
+    if variant != "patterns":
+        with pytest.raises(ConfigError, match="a GGUF adapter cannot hold"):
+            model.save_pretrained_gguf(tmp_path, quantization_method="lora")
