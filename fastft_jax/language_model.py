@@ -17,6 +17,8 @@ from fastft_jax.convert import peft
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.peft_names import PREFIX
+from fastft_jax.convert.save_adapter import save_adapter
+from fastft_jax.convert.save_merged import save_merged
 from fastft_jax.convert.tokenizer import load_tokenizer
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import generate, lora
@@ -51,6 +53,7 @@ class FastLanguageModel:
         self.hf_config = hf_config
         self.random_state = random_state
         self.name_or_path = name
+        self.base_folder = Path(name)  # where the base's files are on this disk
         self.max_seq_length = max_seq_length
         self.peft_config: dict[str, Any] | None = None
         self.adapter_path: Path | None = None  # where a loaded adapter came from
@@ -122,6 +125,7 @@ class FastLanguageModel:
             max_seq_length=max_seq_length,
             random_state=random_state,
         )
+        model.base_folder = folder
         return model, load_tokenizer(folder)
 
     @classmethod
@@ -269,6 +273,18 @@ class FastLanguageModel:
             {self._peft_name(name): np.asarray(value) for name, value in tensors.items()},
             overwrite=overwrite,
         )
+
+    def save_pretrained_merged(
+        self, folder: str | Path, tokenizer: Any | None = None, save_method: str = "merged_16bit", **options
+    ) -> Any:
+        """Write the model with its adapter merged in ("merged_16bit", "merged_4bit"), or the adapter alone ("lora").
+
+        options as in `fastft_jax.convert.save_merged.save_merged`: base, dtype, max_shard_size, overwrite, verify, rows,
+        token. Returns what was written and how it compares with this model, read back.
+        """
+        if save_method == "lora":
+            return save_adapter(self, folder, tokenizer, **options)
+        return save_merged(self, folder, tokenizer, save_method, **options)
 
     def continue_adapter(self, lora_options: dict[str, Any], given: set[str]) -> None:
         """Train a loaded adapter on: what shapes it is as it was saved, how it is trained may be chosen anew.

@@ -1,0 +1,32 @@
+"""The adapter alone, as an export: PEFT's folder with the tokenizer and a card, read back before it gets its name."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fastft_jax.convert.atomic import atomic_folder, write_bytes
+from fastft_jax.convert.model_card import model_card
+from fastft_jax.convert.model_files import write_tokenizer
+from fastft_jax.convert.vllm import vllm_refuses
+from fastft_jax.errors import ConfigError
+
+
+def save_adapter(
+    model: Any, folder: str | Path, tokenizer: Any | None = None, *, overwrite: bool = False, verify: bool = True
+) -> str:
+    """Write adapter, tokenizer and README.md; what was written, in a line. Warns when vLLM would refuse the adapter.
+
+    Raises ConfigError for a model without an adapter, CheckpointError as `verify_adapter` does, and for a full disk or
+    a target that is not empty.
+    """
+    if model.peft_config is None:
+        raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
+    if refusals := vllm_refuses(model.peft_config):
+        warnings.warn(f"vLLM would not serve this adapter ({'; '.join(refusals)}): export it merged", stacklevel=2)
+    final = Path(folder).expanduser().absolute()
+    with atomic_folder(final, overwrite=overwrite) as draft:
+        model.save_pretrained(draft)
+        write_tokenizer(draft, Path(model.adapter_path or model.base_folder), tokenizer)
+        said = model.verify_adapter(draft) if verify else "not read back"
+        write_bytes(draft / "README.md", model_card(model, "lora").encode())
+    return f"{final}: {said.replace(str(draft), final.name)}"
