@@ -103,7 +103,10 @@ def _parts(shape: tuple[int, ...], double: bool, dtype: np.dtype) -> dict[str, t
     blocks = -(-n // BLOCK)
     parts = {"": ("uint8", (-(-n // 2), 1)), ".absmax": ("uint8" if double else "float32", (blocks,))}
     if double:
-        parts |= {".nested_absmax": ("float32", (-(-blocks // NESTED_BLOCK),)), ".nested_quant_map": ("float32", (256,))}
+        parts |= {
+            ".nested_absmax": ("float32", (-(-blocks // NESTED_BLOCK),)),
+            ".nested_quant_map": ("float32", (256,)),
+        }
     size = len(_state(shape, dtype.name, 0.0 if double else None))
     return parts | {".quant_map": ("float32", (16,)), f".{STATE}nf4": ("uint8", (size,))}
 

@@ -44,9 +44,10 @@ def folder_logits(
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     tables = tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes)
     x = outer.map_layers(lambda x: x, ids)[0]
-    for i in range(config.num_hidden_layers):
-        layer = DecoderLayer(config, Loader(load, (i,)))
-        x = jax.block_until_ready(_layer(*nnx.split(layer), x, tables, segments))
+    for i in range(config.num_hidden_layers):  # a layer has no name here, so that it is freed before the next is read
+        x = jax.block_until_ready(
+            _layer(*nnx.split(DecoderLayer(config, Loader(load, (i,)))), x, tables, segments),
+        )
     return outer.logits(outer.norm(x))
 
 

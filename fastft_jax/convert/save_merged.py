@@ -168,9 +168,9 @@ def _names_and_rest(source: Path, names: NameTable) -> tuple[NameTable, dict[str
 def _config_changes(model: Any, weights: Weights, names: NameTable, save_method: str, dtype: str) -> dict[str, Any]:
     """What config.json must say otherwise than the base's: no more than the weights ask for."""
     changes: dict[str, Any] = {}
-    inner = model.hf_config.get("text_config") or {}
+    both = (model.hf_config, model.hf_config.get("text_config") or {})
     for key in ("dtype", "torch_dtype"):
-        if dtype not in (model.hf_config.get(key, dtype), inner.get(key, dtype)):
+        if any(values.get(key, dtype) != dtype for values in both):
             changes[key] = dtype
     if model.decoder.config.tie_word_embeddings and model.decoder.lm_head is not None:
         changes["tie_word_embeddings"] = False
@@ -212,4 +212,5 @@ def _read_back(model: Any, draft: Path, rows: tuple[np.ndarray, np.ndarray]) -> 
     live = copy.copy(model)
     live.decoder = nnx.merge(*nnx.split(model.decoder))  # own containers, same arrays
     set_compute_dtype(live.decoder, None)  # weights are compared, not fp8 products
-    return compare(live(ids, mask), folder_logits(draft, ids, mask, model.decoder.dtype), ids, mask)
+    logits = live(ids) if mask.all() else live(ids, attention_mask=mask)
+    return compare(logits, folder_logits(draft, ids, mask, model.decoder.dtype), ids, mask)

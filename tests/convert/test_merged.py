@@ -2,8 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,11 +15,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastft_jax import FastLanguageModel
-from fastft_jax.convert import atomic, merged, save_merged
+from fastft_jax.convert import atomic, merged
 from fastft_jax.convert.read_back import compare, folder_logits
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
 from fastft_jax.errors import CheckpointError, ConfigError
@@ -67,19 +70,20 @@ FAMILIES = {  # the names and forms that differ: fused projections, 1 + w, biase
     "phi-2": {},
     "cohere": {},
 }
+IN_NF4 = ("llama-3.2-tied", "phi-4-mini")  # the base's kind and its family do not depend on one another
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_computes_the_live_models_logits(name, tmp_path):
-    """An NF4 base merged in float32 is the very function that was trained, so float32 noise is all that is allowed."""
+    """Merged in float32 the folder is the very function that was trained: float32 noise is all that is allowed."""
     base = tiny.save(tiny.make_model(name, num_hidden_layers=2), tmp_path / "base")
     before = snapshot(base)
-    model = adapt(load(base), **FAMILIES[name])
+    model = adapt(load(base, load_in_4bit=name in IN_NF4), **FAMILIES[name])
     for module in ("embed_tokens", "lm_head"):  # as training would leave them: no longer what the base has
         if module in (model.peft_config["modules_to_save"] or ()):
             weight = getattr(model.decoder, module).weight
             weight.set_value(weight.get_value() * 1.5)
-    written = model.save_pretrained_merged(tmp_path / "merged", dtype="float32", max_shard_size="100KB")
+    written = model.save_pretrained_merged(tmp_path / "merged", dtype="float32", max_shard_size="100KB", rows=IDS)
     assert len(written.files) > 2 and written.difference.mean < 1e-4
     expected, theirs = transformers_logits(tmp_path / "merged")
     np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=TOLERANCE, rtol=0)
@@ -90,3 +94,219 @@ def test_transformers_computes_the_live_models_logits(name, tmp_path):
     assert {k for k in old if values.get(k) != old[k]} <= ({"tie_word_embeddings"} if untied else set())
     assert (tmp_path / "merged" / "generation_config.json").read_bytes() == before["generation_config.json"]
     assert snapshot(base) == before
+
+
+# One small model, adapted and in NF4, for the rest -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save(tiny.make_model("llama-2", num_hidden_layers=2), tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return adapt(load(base), target_modules=["q_proj", "up_proj"])
+
+
+def merge(model, folder, *arguments, **options):
+    return model.save_pretrained_merged(folder, None, *arguments, **{"rows": IDS} | options)
+
+
+def test_merging_onto_the_original_weights_gives_what_peft_merges(model, base, tmp_path):
+    model.save_pretrained(tmp_path / "adapter")
+    before = snapshot(base), snapshot(tmp_path / "adapter")
+    merge(model, tmp_path / "original", base="original", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").merge_and_unload()
+    ours = tensors_of(tmp_path / "original")
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_allclose(ours[name], tensor.numpy(), atol=1e-6, rtol=0, err_msg=name)  # one product, summed
+        if "q_proj" not in name and "up_proj" not in name:  # bytes of the original, not of NF4
+            np.testing.assert_array_equal(ours[name], tensor.numpy())
+    merge(model, tmp_path / "named", base=base, dtype="float32", verify=False)  # the same folder, by its name
+    assert snapshot(tmp_path / "named")["model.safetensors"] == snapshot(tmp_path / "original")["model.safetensors"]
+    assert (snapshot(base), snapshot(tmp_path / "adapter")) == before
+
+
+def test_in_bfloat16_transformers_reads_what_we_read_and_the_difference_is_within_the_bound(model, tmp_path):
+    written = merge(model, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"  # was float32
+    expected, _ = transformers_logits(tmp_path / "merged")
+    mask = np.ones_like(IDS)
+    ours = folder_logits(tmp_path / "merged", IDS, mask, np.float32)
+    np.testing.assert_allclose(np.asarray(ours), expected, atol=TOLERANCE, rtol=0)
+    live, theirs = np.float64(model(IDS)), np.float64(expected)
+    d = written.difference
+    assert d.mean == pytest.approx(np.abs(live - theirs).mean(), rel=1e-2)
+    assert d.max == pytest.approx(np.abs(live - theirs).max(), rel=1e-2)
+    p, q = (torch.tensor(x).log_softmax(-1) for x in (live, theirs))
+    assert d.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.1)
+    for logs, said in ((p, d.perplexity), (q, d.perplexity_export)):
+        nll = -logs[:, :-1].gather(2, torch.tensor(IDS)[:, 1:, None]).mean()
+        assert said == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert 1e-4 < d.mean < written.bound < 0.2 * d.spread
+
+
+def test_padding_does_not_count(model):
+    mask = np.ones_like(IDS)
+    mask[1, 12:] = 0
+    live = np.asarray(model(IDS))
+    other = np.where(mask[..., None] == 1, live, 99.0)
+    d = compare(live, other, IDS, mask)
+    assert (d.tokens, d.max, d.mean, d.kl) == (32, 0.0, 0.0, 0.0) and d.perplexity == d.perplexity_export
+
+
+@given(data=st.data())
+@settings(max_examples=6, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def test_a_bfloat16_checkpoint_goes_in_and_out_byte_for_byte(base, tmp_path_factory, data):
+    """Whatever the bits (NaN, infinities, subnormals), whatever the sharding, tied or not."""
+    folder = tmp_path_factory.mktemp("bits")
+    tied, limit = data.draw(st.booleans()), data.draw(st.sampled_from(["40KB", "90KB", "5GB"]))
+    config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16", "tie_word_embeddings": tied}
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    shapes = {n: t.shape for n, t in tensors_of(base).items() if not (tied and n == "lm_head.weight")}
+    bits = {name: random.integers(0, 2**16, shape, np.uint16) for name, shape in shapes.items()}
+    (folder / "in").mkdir()
+    layout = {name: (np.dtype("bfloat16"), shape) for name, shape in shapes.items()}
+    write_sharded(folder / "in", layout, lambda n: bits[n].view("bfloat16"), limit, durable=False)
+    (folder / "in" / "config.json").write_text(json.dumps(config))
+    (folder / "in" / "generation_config.json").write_text('{"eos_token_id":   2}')
+    model = load(folder / "in", dtype="bfloat16", load_in_4bit=False)
+    model.save_pretrained_merged(folder / "out", max_shard_size=limit, verify=False)
+    for name, tensor in tensors_of(folder / "out").items():
+        np.testing.assert_array_equal(tensor.view(np.uint16), bits.pop(name))
+    assert not bits
+    ours, theirs = snapshot(folder / "out"), snapshot(folder / "in")
+    for name in ["config.json", "generation_config.json"] + ["model.safetensors"] * (limit == "5GB"):
+        assert ours[name] == theirs[name]
+
+
+# Faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 100_000})
+    with monkeypatch.context() as patch:  # known before the first byte
+        patch.setattr(atomic.shutil, "disk_usage", lambda folder: usage)
+        patch.setattr(atomic.os, "write", lambda fd, data: pytest.fail("wrote to a full disk"))
+        with pytest.raises(CheckpointError, match="merged needs 164480 bytes and the disk has 100000 left"):
+            merge(model, tmp_path / "merged")
+    real, written = os.write, []
+
+    def write(fd, data):  # full in the middle
+        written.append(len(data))
+        if sum(written) > 100_000:
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(CheckpointError, match="could not be written .*No space left on device"):
+        merge(model, tmp_path / "merged", max_shard_size="50KB")
+    assert len(written) > 5 and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_compute_what_was_trained_is_not_written(model, tmp_path, monkeypatch):
+    old = tmp_path / "merged"
+    old.mkdir()
+    (old / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        merge(model, old)
+    real = merged._merge
+
+    def without_adapter(w, pair, *arguments, **options):
+        return real(w, (), *arguments, **options)
+
+    monkeypatch.setattr(merged, "_merge", without_adapter)
+    with pytest.raises(CheckpointError, match=r"was not written.*above the bound of 0.0\d.*max \d.*KL"):
+        merge(model, old, overwrite=True)
+    assert snapshot(tmp_path) == {"merged/mine": b"x"}
+    monkeypatch.undo()
+    merge(model, old, overwrite=True, verify=False)
+    assert "mine" not in snapshot(old)
+
+
+def test_what_cannot_be_merged_onto_is_said_and_nothing_is_written(model, base, tmp_path, monkeypatch):
+    out = tmp_path / "merged"
+    other = tiny.save(tiny.make_model("llama-2", num_hidden_layers=1), tmp_path / "other")
+    refusals = [
+        ({"base": other}, CheckpointError, "lacks 'model.layers.1.*not the base of this model"),
+        ({"base": "/none/base"}, CheckpointError, "/none/base"),
+        ({"save_method": "merged_8bit"}, ConfigError, "merged_16bit, merged_4bit, lora"),
+        ({"dtype": "int8"}, ConfigError, "dtype='int8'"),
+        ({"rows": [[1, 160]]}, ConfigError, "vocabulary of 160"),
+        ({"max_shard_size": "5 apples"}, ConfigError, "5 apples"),
+    ]
+    for options, kind, words in refusals:
+        with pytest.raises(kind, match=words):
+            merge(model, out, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "base_folder", tmp_path / "gone")
+        patch.setattr(model, "name_or_path", str(tmp_path / "gone"))
+        with pytest.raises(CheckpointError, match="base='original' needs the weights.*is gone.*leave base out"):
+            merge(model, out, base="original")
+    with pytest.raises(CheckpointError, match="config.json/merged could not be written: .*File exists"):
+        merge(model, base / "config.json" / "merged")
+
+    def read_only(path, *arguments, **options):  # simulated, because root may write anywhere
+        raise OSError(30, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        with pytest.raises(CheckpointError, match="merged could not be written: .*Read-only file system"):
+            merge(model, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_memory_holds_a_few_tensors_however_many_there_are(tmp_path, monkeypatch):
+    """Host (numpy) and device allocations while a folder is written from the original and read back again, against a
+    model of 40 matrices of which the two largest may be held."""
+    changes = {"num_hidden_layers": 5, "hidden_size": 512, "intermediate_size": 2048}
+    base = tiny.save(tiny.make_model("llama-2", **changes), tmp_path / "base")
+    model = adapt(load(base, load_in_4bit=False), target_modules=["up_proj"])
+    largest, total = 2048 * 512 * 4, sum(t.nbytes for t in tensors_of(base).values())
+    assert total > 18 * largest
+    before, peak = sum(a.nbytes for a in jax.live_arrays()), 0
+    real = Checkpoint.read
+
+    def watched(self, name):
+        nonlocal peak
+        peak = max(peak, sum(a.nbytes for a in jax.live_arrays()) - before)
+        return real(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    tracemalloc.start()
+    try:
+        merge(model, tmp_path / "merged", base="original", dtype="float32", max_shard_size="9MB")
+        host = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert host < 2 * largest + 3 * 2**20  # two tensors, and what Python and tracing allocate beside them
+    assert peak < 5 * largest  # one layer of the read-back: three such matrices and four a quarter of the size
+
+
+KILLED = """
+import sys, time
+from fastft_jax import FastLanguageModel
+from fastft_jax.convert import save_merged
+model, _ = FastLanguageModel.from_pretrained(sys.argv[1], load_in_4bit=False, dtype="float32")
+real = save_merged.copy_beside
+def slow(*arguments):
+    print("half", flush=True)
+    time.sleep(60)
+save_merged.copy_beside = slow
+model.save_pretrained_merged(sys.argv[2])
+"""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_under_the_name_and_the_next_export_clears_the_rest(model, base, tmp_path):
+    out = tmp_path / "merged"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, base, out]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "half\n"
+    child.kill()
+    child.wait()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".merged.") and (left / "model.safetensors").exists()
+    merge(model, out, verify=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
