@@ -279,8 +279,8 @@ class FastLanguageModel:
     ) -> Any:
         """Write the model with its adapter merged in ("merged_16bit", "merged_4bit"), or the adapter alone ("lora").
 
-        options as in `fastft_jax.convert.save_merged.save_merged`: base, dtype, max_shard_size, overwrite, verify, rows,
-        token. Returns what was written and how it compares with this model, read back.
+        options as in `fastft_jax.convert.save_merged.save_merged` (base, dtype, max_shard_size, overwrite, verify,
+        rows, token). Returns what was written and how it compares with this model, read back.
         """
         if save_method == "lora":
             return save_adapter(self, folder, tokenizer, **options)

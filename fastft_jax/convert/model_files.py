@@ -25,7 +25,7 @@ BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_confi
 def write_config(folder: Path, source: Path, values: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     """config.json: the source's own bytes where `values` are what it says and nothing changes, else `values | changes`.
 
-    A change to None takes the key out. A text decoder inside (`text_config`) gets the same changes where it has the key.
+    A change to None takes the key out. A text decoder inside (`text_config`) gets those whose key it has, too.
     """
     wanted = changed(values, changes)
     path = source / "config.json"
@@ -56,8 +56,8 @@ def copy_beside(folder: Path, source: Path) -> None:
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any | None) -> None:
-    """The tokenizer's files as they lie in `source`; if `tokenizer` has changed since (tokens, settings, chat template),
-    as it writes them itself."""
+    """The tokenizer's files as they lie in `source`; as `tokenizer` writes them where it has changed since (tokens,
+    chat template)."""
     if source.is_dir():
         for name in TOKENIZER:
             if (source / name).is_file():

@@ -71,9 +71,9 @@ def save_merged(
     tensor; a folder or hub id names these. dtype: bfloat16, float16 or float32; None means the base's own if it is a
     16-bit one, else bfloat16. rows: token ids to compare on; None: random ones.
 
-    With `verify` the folder is read back before it gets its name, and CheckpointError says by how much its logits differ
-    when their mean difference is above the bound (see `difference_bound`); nothing is left then. Raises ConfigError for
-    options, CheckpointError for a base that is missing or another model's, a full disk, a target that is not empty.
+    With `verify` the folder is read back before it gets its name; CheckpointError when its logits' mean difference is
+    above the bound (see `difference_bound`), and nothing is left. Raises ConfigError for options, CheckpointError for
+    a base that is missing or another model's, a full disk, a target that is not empty.
     """
     if save_method not in METHODS:
         raise ConfigError(f"save_method={save_method!r} is not one of {', '.join((*METHODS, 'lora'))}")
@@ -105,8 +105,8 @@ def save_merged(
             bound = difference_bound(model.decoder, DTYPES[name], difference.spread, loose=loose)
             if not difference.mean <= bound:
                 raise CheckpointError(
-                    f"{final} was not written: read back, its logits differ from the live model's by {difference.mean:.3g}"
-                    f" on average, above the bound of {bound:.3g} ({difference})"
+                    f"{final} was not written: read back, its logits differ from the live model's by "
+                    f"{difference.mean:.3g} on average, above the bound of {bound:.3g} ({difference})"
                 )
         written = Written(final, tuple(files), total, difference, bound)
         write_bytes(draft / "README.md", model_card(model, save_method, written.difference).encode())
