@@ -167,7 +167,7 @@ class ExportSection(Options):
 
     known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = {
         **dict.fromkeys(("save_method", "merged", "formats", "kinds"), Elsewhere("to: [merged_16bit]")),
-        "push_to_hub": NotBuilt("model.push_to_hub uploads from Python"),
+        "push_to_hub": NotBuilt("it is done from Python, with model.push_to_hub"),
         **dict.fromkeys(("gguf", "quantization_method"), NotBuilt("GGUF is not written yet")),
     }
 

@@ -20,6 +20,7 @@ from fastft_jax.convert.peft_names import PREFIX
 from fastft_jax.convert.save_adapter import save_adapter
 from fastft_jax.convert.save_merged import save_merged
 from fastft_jax.convert.tokenizer import load_tokenizer
+from fastft_jax.convert.upload import push_to_hub
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import generate, lora
 from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dtype
@@ -285,6 +286,10 @@ class FastLanguageModel:
         if save_method == "lora":
             return save_adapter(self, folder, tokenizer, **options)
         return save_merged(self, folder, tokenizer, save_method, **options)
+
+    def push_to_hub(self, repo_id: str, tokenizer: Any | None = None, save_method: str = "lora", **options) -> str:
+        """Upload the adapter or a merged model with a card; options as in `fastft_jax.convert.upload.push_to_hub`."""
+        return push_to_hub(self, repo_id, tokenizer, save_method, **options)
 
     def continue_adapter(self, lora_options: dict[str, Any], given: set[str]) -> None:
         """Train a loaded adapter on: what shapes it is as it was saved, how it is trained may be chosen anew.
