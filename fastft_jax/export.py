@@ -17,7 +17,7 @@ from typing import Any
 from fastft_jax.command_line import guarded
 from fastft_jax.errors import CheckpointError, ConfigError
 
-ROW_LENGTH = 256  # tokens of a row to compare on
+ROWS, ROW_LENGTH = 8, 256  # at most so many rows to compare on, and tokens of each
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of merged 16-bit weights")
     parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--rows", help="text file, a row a line, to compare on; else random tokens")
+    parser.add_argument("--rows", help="text file, whose first lines are compared on; else random tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace export folders that are there already")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="read each back")
     parser.add_argument("--load-in-16bit", action="store_true", help="the adapter was trained on a base in 16 bits")
@@ -167,7 +167,7 @@ def _rows(path: Path, tokenizer: Any) -> list[list[int]]:
         raise CheckpointError(f"--rows {path} cannot be read: {error}") from error
     if not lines:
         raise ConfigError(f"--rows {path} holds no text")
-    return [tokenizer(line)["input_ids"][:ROW_LENGTH] for line in lines]
+    return [tokenizer(line)["input_ids"][:ROW_LENGTH] for line in lines[:ROWS]]
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def test_a_run_exports_what_its_config_says_and_the_command_does_so_again(cli, c
     assert ran.code == 2 and "merged_16bit exists and is not empty" in ran.err  # before it trains, not after
 
     arguments = ("--adapter", out, "--to", "peft,merged_16bit", "--dtype", "float32", "--out", tmp_path / "exported")
-    code, said, complaints = command(*arguments, "--rows", repo / "README.md")
+    (tmp_path / "rows.txt").write_text("What is the capital of France?\n\nA longer line of text, to be padded to.\n")
+    code, said, complaints = command(*arguments, "--rows", tmp_path / "rows.txt")
     assert code == 0, complaints
     assert [text.split(":")[0] for text in said.splitlines()] == ["peft", "merged_16bit"]
     assert "vLLM would not serve this adapter (modules_to_save=['lm_head'])" in complaints
@@ -90,7 +91,7 @@ class Hub(BaseHTTPRequestHandler):
 
     asked: list[str] = []
     files: dict[str, bytes] = {}
-    private = None
+    made: dict = {}
 
     def answer(self, status, **body):
         raw = json.dumps(body).encode()
@@ -108,8 +109,10 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_write":
             return self.answer(401, error="Invalid credentials")
         if self.path == "/api/repos/create":
-            type(self).private = json.loads(body).get("private")
+            type(self).made = json.loads(body)
             return self.answer(200, url=here, id="me/model", name="me/model")
+        if self.path == "/api/validate-yaml":  # the card's front matter
+            return self.answer(200, errors=[], warnings=[])
         if "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
             how = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
@@ -163,7 +166,10 @@ def test_a_push_makes_the_repository_and_commits_the_export_with_its_card(hub, r
         model.push_to_hub("me/mo del", tokenizer, token="hf_write")
     assert hub.files == {}
     url = model.push_to_hub("me/model", tokenizer, token="hf_write", private=True, run=tmp_path, verify=False)
-    assert url.endswith("/me/model/commit/1") and hub.private is True
+    assert url.endswith("/me/model/commit/1") and "private" in (
+        hub.made.get("visibility"),
+        *[k for k, v in hub.made.items() if v is True],
+    )
     assert set(hub.files) == {"adapter_config.json", "adapter_model.safetensors", "README.md", *TOKENIZER}
     model.save_pretrained(tmp_path / "adapter")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
