@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fastft_jax import FastLanguageModel
-from fastft_jax.convert.vllm import vllm_refuses
+from fastft_jax.convert.vllm_rules import vllm_refusals
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.export import main
 
@@ -74,7 +74,7 @@ def test_a_run_exports_what_its_config_says_and_the_command_does_so_again(cli, c
     code, said, complaints = command(*arguments, "--rows", tmp_path / "rows.txt")
     assert code == 0, complaints
     assert [text.split(":")[0] for text in said.splitlines()] == ["peft", "merged_16bit"]
-    assert "vLLM would not serve this adapter (modules_to_save=['lm_head'])" in complaints
+    assert "vLLM would not serve this adapter (modules_to_save=['lm_head']" in complaints
     same = (tmp_path / "exported" / "merged_16bit" / "model.safetensors").read_bytes()
     assert same == (merged / "model.safetensors").read_bytes()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -214,5 +214,5 @@ def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(command,
     ids=str,
 )
 def test_what_vllm_refuses_is_known(config, words):
-    found = vllm_refuses(peft.LoraConfig(target_modules=["q_proj"], **config).to_dict())
-    assert len(found) == len(words) and all(word in text for word, text in zip(words, found, strict=True))
+    found = vllm_refusals(peft.LoraConfig(target_modules=["q_proj"], **config).to_dict(), ())
+    assert len(found) == len(words) and all(any(word in text for text in found) for word in words)

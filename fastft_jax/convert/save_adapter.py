@@ -7,7 +7,9 @@ from typing import Any
 from fastft_jax.convert.atomic import atomic_folder, write_bytes
 from fastft_jax.convert.model_card import model_card
 from fastft_jax.convert.model_files import write_tokenizer
-from fastft_jax.convert.vllm import vllm_refuses
+from fastft_jax.convert.peft import TENSORS
+from fastft_jax.convert.safetensors import SafetensorsFile
+from fastft_jax.convert.vllm_rules import vllm_refusals
 from fastft_jax.errors import ConfigError
 
 
@@ -21,12 +23,13 @@ def save_adapter(
     """
     if model.peft_config is None:
         raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
-    if refusals := vllm_refuses(model.peft_config):
-        warnings.warn(f"vLLM would not serve this adapter ({'; '.join(refusals)}): export it merged", stacklevel=2)
     final = Path(folder).expanduser().absolute()
     with atomic_folder(final, overwrite=overwrite) as draft:
         model.save_pretrained(draft)
         write_tokenizer(draft, Path(model.adapter_path or model.base_folder), tokenizer)
         said = model.verify_adapter(draft) if verify else "not read back"
+        refusals = vllm_refusals(model.peft_config, SafetensorsFile(draft / TENSORS).tensors)
         write_bytes(draft / "README.md", model_card(model, "lora").encode())
+    if refusals:
+        warnings.warn(f"vLLM would not serve this adapter ({'; '.join(refusals)}): export it merged", stacklevel=2)
     return f"{final}: {said.replace(str(draft), final.name)}"

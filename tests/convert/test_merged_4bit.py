@@ -111,7 +111,7 @@ def test_an_adapted_matrix_is_merged_in_float32_and_has_the_codes_that_bitsandby
 
 def test_a_16_bit_base_is_packed_as_bitsandbytes_packs_it(base, tmp_path):
     packed, _ = pack(base, tmp_path, double=True)
-    load(base, load_in_4bit=False).save_pretrained_merged(tmp_path / "merged", None, "merged_4bit", rows=IDS)
+    load(base, load_in_4bit=False).save_pretrained_merged(tmp_path / "merged", None, "merged_4bit", verify=False)
     ours, theirs = Checkpoint.open(tmp_path / "merged"), Checkpoint.open(packed)
     assert set(ours.names) == set(theirs.names)
     for name in theirs.names:
