@@ -15,6 +15,7 @@ from test_bitsandbytes_checkpoints import pack
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert.read_back import folder_logits
 from fastft_jax.convert.safetensors import Checkpoint
+from fastft_jax.errors import CheckpointError
 
 IDS = np.random.default_rng(0).integers(0, tiny.COMMON["vocab_size"], (2, 20))
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -120,3 +121,15 @@ def test_a_16_bit_base_is_packed_as_bitsandbytes_packs_it(base, tmp_path):
     settings = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
     assert transformers.BitsAndBytesConfig.from_dict(settings).to_dict() == settings
     assert settings["llm_int8_skip_modules"] is None and settings["bnb_4bit_use_double_quant"]
+
+
+def test_a_packed_base_goes_out_in_16_bits_or_32(merged, tmp_path):
+    model, _, source = merged
+    model.save_pretrained_merged(tmp_path / "merged", dtype="float32", rows=IDS)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    expected = theirs(torch.tensor(IDS)).logits.detach().numpy()
+    np.testing.assert_allclose(np.asarray(model(IDS)), expected, atol=1e-4, rtol=0)
+    with pytest.raises(CheckpointError, match="packed in 4 bits, so it is no original to merge onto"):
+        model.save_pretrained_merged(tmp_path / "original", base="original")
+    assert not (tmp_path / "original").exists()
