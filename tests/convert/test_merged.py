@@ -185,6 +185,22 @@ def test_a_bfloat16_checkpoint_goes_in_and_out_byte_for_byte(base, tmp_path_fact
         assert ours[name] == theirs[name]
 
 
+@pytest.mark.parametrize("name", ["rslora", "modules_to_save"])
+def test_a_real_model_with_an_adapter_that_peft_made(name, shared_data, stories, tmp_path):
+    """transformers on the merged folder gives the logits that PEFT recorded; the tied head keeps the old embedding."""
+    adapter = shutil.copytree(shared_data / "peft" / name, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(stories())}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model, tokenizer = FastLanguageModel.from_pretrained(adapter, 512, dtype="float32", load_in_4bit=False)
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer, dtype="float32", verify=False)
+    reference = np.load(adapter / "reference.npz")
+    logits, _ = transformers_logits(tmp_path / "merged", reference["input_ids"])
+    np.testing.assert_allclose(logits, reference["logits"], atol=TOLERANCE, rtol=0)
+    written, base = snapshot(tmp_path / "merged"), snapshot(stories())
+    tokenizers = [file for file in base if "token" in file]
+    assert "tokenizer.json" in tokenizers and all(written[file] == base[file] for file in tokenizers)
+
+
 def test_a_multimodal_checkpoint_keeps_its_names_and_its_vision_tower(tmp_path):
     """Gemma 3's text decoder out of a checkpoint as it is published, and back into one."""
     text = tiny.save(
