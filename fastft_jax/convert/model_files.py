@@ -13,7 +13,7 @@ from typing import Any
 
 from fastft_jax.convert.atomic import write_bytes
 from fastft_jax.convert.tokenizer import load_tokenizer
-from fastft_jax.errors import CheckpointError
+from fastft_jax.errors import CheckpointError, ConfigError
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -44,6 +44,13 @@ def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         here = {key: value for key, value in changes.items() if key in inner}
         wanted["text_config"] = changed(inner, here)
     return wanted
+
+
+def refuse_to_replace(final: Path, *sources: Path | None) -> None:
+    """ConfigError where writing the folder `final` would take away one that is read: itself, or a folder around it."""
+    for source in sources:
+        if source is not None and Path(source).resolve().is_relative_to(final.resolve()):
+            raise ConfigError(f"{final} holds what is exported ({source}): choose another folder")
 
 
 def copy_beside(folder: Path, source: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastft_jax.convert.atomic import atomic_folder, write_bytes
 from fastft_jax.convert.model_card import model_card
-from fastft_jax.convert.model_files import write_tokenizer
+from fastft_jax.convert.model_files import refuse_to_replace, write_tokenizer
 from fastft_jax.convert.peft import TENSORS
 from fastft_jax.convert.safetensors import SafetensorsFile
 from fastft_jax.convert.vllm_rules import vllm_refusals
@@ -24,6 +24,7 @@ def save_adapter(
     if model.peft_config is None:
         raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
     final = Path(folder).expanduser().absolute()
+    refuse_to_replace(final, model.base_folder, model.adapter_path)
     with atomic_folder(final, overwrite=overwrite) as draft:
         model.save_pretrained(draft)
         write_tokenizer(draft, Path(model.adapter_path or model.base_folder), tokenizer)

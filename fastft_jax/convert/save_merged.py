@@ -17,7 +17,7 @@ from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, entries_beside, layout
 from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config
 from fastft_jax.convert.model_card import model_card
-from fastft_jax.convert.model_files import copy_beside, write_config, write_tokenizer
+from fastft_jax.convert.model_files import copy_beside, refuse_to_replace, write_config, write_tokenizer
 from fastft_jax.convert.read_back import Difference, compare, folder_logits
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
 from fastft_jax.convert.safetensors_header import nbytes
@@ -90,6 +90,7 @@ def save_merged(
     entries = {**plan(weights, names, DTYPES[name]), **beside}
     total = sum(nbytes(*entry) for entry in layout(entries).values())
     final = Path(folder).expanduser().absolute()
+    refuse_to_replace(final, source, model.adapter_path, None if original is None else original.folder)
     existing = next(parent for parent in final.parents if parent.exists())
     check_free_space(existing, total, str(final))
     with atomic_folder(final, overwrite=overwrite) as draft:

@@ -26,6 +26,7 @@ from fastft_jax.convert.read_back import compare, folder_logits
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
 from fastft_jax.convert.tokenizer import load_tokenizer
 from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.models.compute_dtype import set_compute_dtype
 
 TOLERANCE = 1e-4  # float32 on both sides; the bound of every parity test
 IDS = np.random.default_rng(0).integers(0, tiny.COMMON["vocab_size"], (2, 20))
@@ -149,6 +150,17 @@ def test_in_bfloat16_transformers_reads_what_we_read_and_the_difference_is_withi
         nll = -logs[:, :-1].gather(2, torch.tensor(IDS)[:, 1:, None]).mean()
         assert said == pytest.approx(float(nll.exp()), rel=1e-4)
     assert 1e-4 < d.mean < written.bound < 0.2 * d.spread
+
+
+def test_fp8_products_are_no_part_of_the_comparison(model, tmp_path):
+    """The export's weights are compared, so the live model computes in its own dtype for that."""
+    set_compute_dtype(model.decoder, "fp8")
+    try:
+        written = merge(model, tmp_path / "merged", dtype="float32")
+        assert model.decoder.segments[0][0].mlp.up_proj.weight.get_value().compute == "fp8"
+    finally:
+        set_compute_dtype(model.decoder, None)
+    assert written.difference.mean < 1e-5
 
 
 def test_padding_does_not_count(model):
@@ -302,6 +314,10 @@ def test_what_cannot_be_merged_onto_is_said_and_nothing_is_written(model, base, 
         ({"rows": [[1, 160]]}, ConfigError, "vocabulary of 160"),
         ({"max_shard_size": "5 apples"}, ConfigError, "5 apples"),
     ]
+    for folder in (base, base.parent):  # a base is never replaced by its merge, whatever is asked for
+        for method in ("merged_16bit", "lora"):
+            with pytest.raises(ConfigError, match="holds what is exported"):
+                model.save_pretrained_merged(folder, None, method, overwrite=True)
     for options, kind, words in refusals:
         with pytest.raises(kind, match=words):
             merge(model, out, **options)
