@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.config import load_config
 from fastft_jax.convert.vllm_rules import vllm_refusals
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.export import main
@@ -196,6 +198,25 @@ def test_the_command_refuses_what_it_cannot_do_before_it_loads_anything(command,
         found, _, complaint = command(*fine, *arguments)
         assert found == code and words in complaint and len(complaint.splitlines()) <= 2, complaint
     assert (there / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("export", "words"),
+    [
+        ({"to": ["onnx"]}, "export.to: 'onnx' is not a form to export to"),
+        ({"to": ["peft:a"]}, "peft takes nothing after a colon"),
+        ({"to": 3}, "export.to is 3; it must be a list"),
+        ({"max_shard_size": "5 apples"}, "'5 apples' is not a size"),
+        ({"dtype": "int8"}, "export.dtype is 'int8'"),
+        ({"save_method": "merged"}, "use to: [merged_16bit]"),
+    ],
+    ids=str,
+)
+def test_a_wrong_export_section_is_refused_by_name(export, words, run_config):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(run_config({"export": export}))
+    section = load_config(run_config({"export": {"to": "merged_16bit, peft", "max_shard_size": 1000}}))[0].export
+    assert section.to == ["merged_16bit", "peft"] and section.folder("run").name == "export"
 
 
 @pytest.mark.parametrize(

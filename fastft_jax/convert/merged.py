@@ -70,8 +70,13 @@ class Leaf:
 
 
 def leaves(decoder: Decoder, names: NameTable) -> Iterator[Leaf]:
-    """Every tensor of the checkpoint, in the usual order: embedding, layers, last norm, head (unless tied)."""
+    """Every tensor of the checkpoint, in the usual order: embedding, layers, last norm, head (unless tied).
+
+    NotImplementedError for leaves that are several tensors of a checkpoint each (experts).
+    """
     requests = list(tensor_requests(decoder.config))
+    if stacked := [r.path for r in requests if len(r.shape) > 2]:
+        raise NotImplementedError(f"merging {stacked[0]} is not built yet; export the adapter alone")
     top = [r for r in requests if r.layers is None]
     paths = [(r.path, r.shape) for r in top]
     if decoder.lm_head is not None and "lm_head.weight" not in dict(paths):  # untied by modules_to_save
