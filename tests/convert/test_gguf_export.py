@@ -12,12 +12,14 @@ import tiny
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert import atomic
+from fastft_jax.convert.gguf import FORMS, recipes
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, architecture_of, tensor_name
 from fastft_jax.convert.gguf.export import file_stem
 from fastft_jax.convert.gguf.modelfile import derive_turns, modelfile
 from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.convert.merge import merged_tensors
 from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.export import Settings, export
 from fastft_jax.models.families.registry import config_from_hf
 from fastft_jax.models.lora import layer_linears
 from fastft_jax.quant.dense import dense, is_quantised
@@ -283,3 +285,12 @@ def test_merged_files_of_every_kind_of_adapter_compute_what_peft_merged_does(var
     if variant != "patterns":
         with pytest.raises(ConfigError, match="a GGUF adapter cannot hold"):
             model.save_pretrained_gguf(tmp_path, quantization_method="lora")
+
+
+def test_the_export_command_knows_every_form(tuned, tmp_path):
+    assert set(FORMS) == {*recipes.METHODS, "lora"}
+    said = list(export(*tuned, ["gguf:q8_0,gguf:lora"], tmp_path, Settings()))
+    assert [line.partition(":")[0] for line in said] == ["gguf", "gguf"]
+    assert (tmp_path / "gguf-q8_0" / "tiny-base-Q8_0.gguf").exists() and (tmp_path / "gguf-lora").is_dir()
+    with pytest.raises(ConfigError, match="write gguf: and one of f32"):
+        list(export(*tuned, ["gguf:q9"], tmp_path, Settings()))

@@ -6,6 +6,12 @@ Nothing is imported before it is needed: few runs touch these files, and start-u
 from pathlib import Path
 from typing import Any
 
+# the keys of recipes.METHODS, and the adapter alone
+FORMS = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0"),
+    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "lora"),
+)
+
 
 def open_gguf(name: str | Path, tokenizer_name: str | Path | None = None) -> tuple[Any, Any]:
     """(the open file, its tokenizer unless another is named), or two times None for a folder or hub id."""
