@@ -140,7 +140,7 @@ def test_transformers_loads_what_was_saved_with_the_trained_models_logits(run):
 def test_bfloat16_runs_keep_float32_masters_and_save_shards_in_bfloat16(base, tmp_path):
     model = full(base, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model.decoder))} == {jnp.dtype("float32")}
-    write_model(tmp_path, model.decoder, model.hf_config, source=model.folder, max_shard_size="60KB")
+    write_model(tmp_path, model.decoder, model.hf_config, source=model.base_folder, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == torch.bfloat16
