@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fastft_jax.convert import peft
+from fastft_jax.convert import peft, peft_experts
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.peft_names import PREFIX
@@ -138,6 +138,7 @@ class FastLanguageModel:
             model, tokenizer = cls.from_pretrained(base, revision=config.get("revision"), **options)
         except CheckpointError as error:
             raise CheckpointError(f"the base of adapter {folder} cannot be loaded: {error}") from error
+        config = peft_experts.plain_config(config, tensors, model._linear_paths())
         model._attach(config, options["random_state"], init=True)
         model._take_tensors(folder, tensors)
         model.adapter_path = folder
@@ -181,6 +182,8 @@ class FastLanguageModel:
         leaves = {path.rpartition(".")[2] for path in paths}
         if tuple(target_modules) == DEFAULT_TARGETS and not leaves.issuperset(DEFAULT_TARGETS):
             target_modules = peft.ALL_LINEAR
+        if not isinstance(target_modules, str):
+            target_modules = [model.names.leaf(target) for target in target_modules]
         peft.require_targets(target_modules, paths)
         if target_modules == "all-linear":
             target_modules = peft.condense_targets(peft.match_targets("all-linear", paths), paths)
@@ -196,6 +199,7 @@ class FastLanguageModel:
             init_lora_weights=init_lora_weights,
             base_model_name_or_path=model.name_or_path,
         )
+        peft_experts.check_expert_targets(model._matched(config), paths, lora_dropout)
         model._attach(config, random_state, init=init_lora_weights)
         model.remat_policy = policy
         return model
@@ -205,12 +209,9 @@ class FastLanguageModel:
         head = self.names.hf_name("lm_head.weight").removesuffix(".weight")
         return [*(site.hf_path for site in lora.sites(self.decoder, self.names)), head]
 
-    def _attach(self, config: dict[str, Any], seed: int, init: bool | str) -> None:
-        found = peft.unsupported(config, ())
-        if found:
-            raise NotImplementedError(f"the adapter asks for {', '.join(found)}, which is not built yet")
-        all_sites = list(lora.sites(self.decoder, self.names))
-        matched = peft.match_targets(
+    def _matched(self, config: dict[str, Any]) -> list[str]:
+        """The linear modules that an adapter with this config adapts."""
+        return peft.match_targets(
             config["target_modules"],
             self._linear_paths(),
             config["layers_to_transform"],
@@ -218,6 +219,13 @@ class FastLanguageModel:
             config["exclude_modules"],
             config["modules_to_save"],
         )
+
+    def _attach(self, config: dict[str, Any], seed: int, init: bool | str) -> None:
+        found = peft.unsupported(config, ())
+        if found:
+            raise NotImplementedError(f"the adapter asks for {', '.join(found)}, which is not built yet")
+        all_sites = list(lora.sites(self.decoder, self.names))
+        matched = self._matched(config)
         if matched[-1] == self._linear_paths()[-1]:
             raise NotImplementedError("LoRA on lm_head is not built yet; modules_to_save=['lm_head'] trains it whole")
         chosen = set(matched)
@@ -263,9 +271,10 @@ class FastLanguageModel:
         if self.peft_config is None:
             raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
         tensors = lora.trainable_tensors(self.decoder, self.names)
+        adapted = [site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted]
         peft.write_adapter(
             Path(folder),
-            self.peft_config,
+            peft_experts.written_config(self.peft_config, adapted, self._linear_paths()),
             {self._peft_name(name): np.asarray(value) for name, value in tensors.items()},
             overwrite=overwrite,
         )
@@ -279,11 +288,16 @@ class FastLanguageModel:
         self.remat_policy = resolve_policy(lora_options["use_gradient_checkpointing"])
         if lora_options["loftq_config"]:
             raise NotImplementedError("loftq_config is not built yet")
+        peft_experts.check_expert_targets(
+            self._matched(self.peft_config), self._linear_paths(), self.peft_config["lora_dropout"]
+        )
         for key in sorted(given - {"use_gradient_checkpointing", "random_state", "loftq_config"}):
             wanted, has = lora_options[key], self.peft_config[key]
             if key == "target_modules" and wanted == peft.ALL_LINEAR:
                 paths = self._linear_paths()
                 wanted = peft.condense_targets(peft.match_targets(wanted, paths), paths)
+            elif key == "target_modules" and not isinstance(wanted, str):
+                wanted = [self.names.leaf(target) for target in wanted]
             if key == "layers_to_transform" and isinstance(wanted, int):
                 wanted = [wanted]
             if (set(wanted) if isinstance(wanted, list) else wanted) != (set(has) if isinstance(has, list) else has):
@@ -297,6 +311,7 @@ class FastLanguageModel:
         Every tensor must be equal to the bit, and so must the logits of a fixed row. Raises CheckpointError if not.
         """
         config, tensors = peft.read_adapter(folder)
+        config = peft_experts.plain_config(config, tensors, self._linear_paths())
         mine = lora.trainable_tensors(self.decoder, self.names)
         for name, value in mine.items():
             stored = tensors.get(self._peft_name(name))
@@ -368,7 +383,7 @@ def _logical_sizes(decoder: Decoder) -> Iterable[int]:
     for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Not(nnx.Param))):
         value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
         if dataclasses.is_dataclass(value):
-            yield value.codes.shape[0] * int(np.prod(value.shape))
+            yield int(np.prod((*value.codes.shape[:-2], *value.shape)))
         else:
             yield value.size
 

@@ -208,7 +208,8 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
 
     CheckpointError for a folder that is no adapter, is damaged, contradicts itself, or holds pickled tensors;
     NotImplementedError naming every feature that changes what the adapter computes and is not built. Ranks and alphas
-    by pattern come back in the config: whoever attaches the adapter asks `unsupported`, which lists them too.
+    by pattern, and target_parameters, come back in the config: whoever attaches the adapter, or passes it through
+    peft_experts.plain_config before, asks `unsupported`, which lists them too.
     """
     folder = Path(folder).expanduser()
     config = _read_config(folder)
@@ -225,7 +226,7 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
     missing_features = [
         feature
         for feature in unsupported(config, file.tensors)
-        if not feature.startswith(("rank_pattern", "alpha_pattern"))
+        if not feature.startswith(("rank_pattern", "alpha_pattern", "target_parameters"))
     ]
     if missing_features:
         raise NotImplementedError(f"{folder}: the adapter uses {', '.join(missing_features)}; that is not supported")

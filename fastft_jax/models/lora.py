@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.models.layers import Frozen, Linear
+from fastft_jax.models.layers import ExpertLinear, Frozen, Linear
 
 SAVEABLE = ("embed_tokens", "lm_head")
 INITIALISATIONS = (True, False, "gaussian")
@@ -25,12 +25,13 @@ INITIALISATIONS = (True, False, "gaussian")
 
 @dataclass(frozen=True)
 class Site:
-    """One Hugging Face module as our decoder holds it: a row of a stacked linear."""
+    """One Hugging Face module as our decoder holds it: a row of a stacked linear, or one expert in it."""
 
     hf_path: str  # model.layers.3.self_attn.q_proj
     path: str  # self_attn.q_proj
     linear: Linear
     row: int
+    expert: int | None = None
 
     @property
     def adapted(self) -> bool:
@@ -43,7 +44,9 @@ def sites(decoder: Decoder, names: NameTable) -> Iterator[Site]:
     for layer in range(decoder.config.num_hidden_layers):
         s, p, row = decoder.config.place_of(layer)
         for path, linear in layer_linears(decoder.segments[s][p]):
-            yield Site(names.hf_name(f"{path}.weight", layer).removesuffix(".weight"), path, linear, row)
+            for expert in range(linear.num_experts) if isinstance(linear, ExpertLinear) else (None,):
+                name = names.hf_name(f"{path}.weight", layer, expert)
+                yield Site(name.removesuffix(".weight"), path, linear, row, expert)
 
 
 def layer_linears(layer: nnx.Module) -> list[tuple[str, Linear]]:
@@ -62,7 +65,7 @@ def add_lora(
     init: bool | str = True,
     seed: int = 3407,
 ) -> None:
-    """Attach float32 A [rows, R, K] and B [rows, N, R] to the targets' linears, in place.
+    """Attach float32 A [rows, R, K] and B [rows, N, R] to the targets' linears, in place; [rows, E, ...] to experts.
 
     init True: A ~ U(-1/sqrt(K), 1/sqrt(K)) (kaiming-uniform with a = sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r^2),
     B = 0; False: A as for True, B ~ U(-1/sqrt(r), 1/sqrt(r)), so that the adapter acts from the start.
@@ -70,8 +73,8 @@ def add_lora(
     by_linear: dict[int, list[Site]] = {}
     for site in targets:
         by_linear.setdefault(id(site.linear), []).append(site)
-    stacks = [(group[0].linear, tuple(sorted(site.row for site in group))) for group in by_linear.values()]
-    shapes = tuple((len(rows), *linear.weight.get_value().shape[-2:]) for linear, rows in stacks)
+    stacks = [(group[0].linear, tuple(sorted({site.row for site in group}))) for group in by_linear.values()]
+    shapes = tuple((len(rows), *_matrices(linear)) for linear, rows in stacks)
     pairs = _initial(np.uint32(seed & 0xFFFFFFFF), init, r, shapes)
     for (linear, rows), (a, b) in zip(stacks, pairs, strict=True):
         linear.lora_A, linear.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
@@ -80,8 +83,8 @@ def add_lora(
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _initial(seed, init: bool | str, r: int, shapes: tuple[tuple[int, int, int], ...]) -> list[tuple[Array, Array]]:
-    """A and B for linears of (rows, N, K), in one program: a start-up is made of compiling."""
+def _initial(seed, init: bool | str, r: int, shapes: tuple[tuple[int, ...], ...]) -> list[tuple[Array, Array]]:
+    """A and B for linears of (rows, .., N, K), in one program: a start-up is made of compiling."""
     keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(seed), len(shapes)))
 
     def within(key, shape, bound):
@@ -90,8 +93,8 @@ def _initial(seed, init: bool | str, r: int, shapes: tuple[tuple[int, int, int],
     def draw_a(key, shape):
         return jax.random.normal(key, shape) / r if init == "gaussian" else within(key, shape, shape[-1])
 
-    a = _draw_each(draw_a, keys[:, 0], [(rows, r, k) for rows, _, k in shapes])
-    shapes_b = [(rows, n, r) for rows, n, _ in shapes]
+    a = _draw_each(draw_a, keys[:, 0], [(*lead, r, k) for *lead, _, k in shapes])
+    shapes_b = [(*lead, n, r) for *lead, n, _ in shapes]
     if init is False:
         return list(zip(a, _draw_each(lambda key, shape: within(key, shape, r), keys[:, 1], shapes_b), strict=True))
     return list(zip(a, map(jnp.zeros, shapes_b), strict=True))
@@ -163,12 +166,16 @@ def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Arr
     """What is trained, by Hugging Face module path: `<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R], and
     `<path>.bias`, `embed_tokens` and `lm_head` weights under their own names."""
     out: dict[str, Array] = {}
+    on_host: dict[int, np.ndarray] = {}  # experts are many: slices of a device array would take seconds
     for site in sites(decoder, names):
         linear = site.linear
         at = _position(linear.adapted_rows, site.row)
         if linear.adapted and at is not None:
-            out[f"{site.hf_path}.lora_A.weight"] = linear.lora_A.get_value()[at]
-            out[f"{site.hf_path}.lora_B.weight"] = linear.lora_B.get_value()[at]
+            for leaf in ("lora_A", "lora_B"):
+                value = getattr(linear, leaf).get_value()
+                if site.expert is not None:
+                    value = on_host.setdefault(id(value), np.asarray(value))[:, site.expert]
+                out[f"{site.hf_path}.{leaf}.weight"] = value[at]
         at = _position(linear.trained_bias_rows, site.row)
         if linear.trained_bias is not None and at is not None:
             out[f"{site.hf_path}.bias"] = linear.trained_bias.get_value()[at]
@@ -179,7 +186,7 @@ def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Arr
 
 def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[str, Array]) -> None:
     """The inverse of `trainable_tensors`: every trained leaf takes its values from `tensors`, as float32."""
-    stacks: dict[tuple[int, str], tuple[Linear, dict[int, Array]]] = {}
+    stacks: dict[tuple[int, str], tuple[Linear, dict[tuple[int, int], Array]]] = {}
     for site in sites(decoder, names):
         linear = site.linear
         for leaf, suffix, rows in (
@@ -190,9 +197,11 @@ def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[s
             at = _position(rows, site.row)
             if getattr(linear, leaf) is not None and at is not None:
                 _, parts = stacks.setdefault((id(linear), leaf), (linear, {}))
-                parts[at] = jnp.asarray(tensors[f"{site.hf_path}.{suffix}"], jnp.float32)
+                parts[at, site.expert or 0] = np.asarray(tensors[f"{site.hf_path}.{suffix}"], np.float32)
     for (_, leaf), (linear, parts) in stacks.items():
-        getattr(linear, leaf).set_value(jnp.stack([parts[i] for i in sorted(parts)]))
+        variable = getattr(linear, leaf)
+        values = np.stack([parts[i] for i in sorted(parts)])
+        variable.set_value(jnp.asarray(values.reshape(variable.get_value().shape)))
     for name in trained_modules(decoder):
         # copy: the value becomes a donated buffer, and may be the caller's own array
         value = jnp.array(tensors[names.hf_name(f"{name}.weight")], jnp.float32, copy=True)
@@ -210,6 +219,12 @@ def _position(rows: tuple[int, ...] | None, row: int) -> int | None:
     if rows is None:
         return row
     return rows.index(row) if row in rows else None
+
+
+def _matrices(linear: Linear) -> tuple[int, ...]:
+    """(N, K), with (E,) before it for experts."""
+    shape = linear.weight.get_value().shape[-2:]
+    return (linear.num_experts, *shape) if isinstance(linear, ExpertLinear) else shape
 
 
 def _stack_size(linear: Linear) -> int:
