@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder, sync_folder, write_bytes
+from fastft_jax.convert.peft_experts import is_per_expert
 from fastft_jax.convert.peft_names import TensorName, bias_name, lora_names, parse_name, saved_name
 from fastft_jax.convert.peft_targets import (
     ALL_LINEAR,
@@ -208,8 +209,8 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
 
     CheckpointError for a folder that is no adapter, is damaged, contradicts itself, or holds pickled tensors;
     NotImplementedError naming every feature that changes what the adapter computes and is not built. Ranks and alphas
-    by pattern, and target_parameters, come back in the config: whoever attaches the adapter, or passes it through
-    peft_experts.plain_config before, asks `unsupported`, which lists them too.
+    by pattern, and target_parameters that are experts one by one, come back in the config: whoever attaches the adapter
+    (through peft_experts.plain_config) asks `unsupported`, which lists them too.
     """
     folder = Path(folder).expanduser()
     config = _read_config(folder)
@@ -226,7 +227,8 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
     missing_features = [
         feature
         for feature in unsupported(config, file.tensors)
-        if not feature.startswith(("rank_pattern", "alpha_pattern", "target_parameters"))
+        if not feature.startswith(("rank_pattern", "alpha_pattern"))
+        and not (feature.startswith("target_parameters") and is_per_expert(config, file.tensors))
     ]
     if missing_features:
         raise NotImplementedError(f"{folder}: the adapter uses {', '.join(missing_features)}; that is not supported")

@@ -29,6 +29,15 @@ def has_experts(module_paths: Collection[str]) -> bool:
     return any(_EXPERT.fullmatch(path) for path in module_paths)
 
 
+def is_per_expert(config: Mapping[str, Any], tensors: Collection[str]) -> bool:
+    """Whether an adapter has this layout: parameters as `written_config` names them, tensors expert by expert."""
+    parameters = config["target_parameters"] or ()
+    known = parameters and all(p.endswith((GATE_UP, DOWN, ".weight")) for p in parameters)
+    modules = [parsed.module for name in tensors if (parsed := parse_name(name))]
+    fused = any(module.endswith((".experts", ".experts.base_layer")) for module in modules)
+    return bool(known) and has_experts(modules) and not fused
+
+
 def check_expert_targets(adapted: Collection[str], module_paths: Collection[str], lora_dropout: float) -> None:
     """ConfigError for what cannot be trained or written in this layout: dropout, some of a layer's experts, or
     some of their three linears."""
@@ -87,7 +96,7 @@ def plain_config(config: Mapping[str, Any], tensors: Collection[str], module_pat
 
     A config with other target_parameters, or other patterns of rank and alpha, keeps them: they are not this layout.
     """
-    if not config["target_parameters"] or not _readable(config["target_parameters"], tensors):
+    if not is_per_expert(config, tensors):
         return dict(config)
     parsed = [parse_name(name) for name in tensors]
     adapted = {name.module for name in parsed if name and name.kind == "lora_A.weight"}
@@ -105,12 +114,6 @@ def plain_config(config: Mapping[str, Any], tensors: Collection[str], module_pat
 def _alpha_factor(config: Mapping[str, Any]) -> float:
     """What keeps the scaling when the rank doubles."""
     return math.sqrt(2) if config["use_rslora"] else 2
-
-
-def _readable(parameters: Collection[str], tensors: Collection[str]) -> bool:
-    """Parameters as `written_config` names them, and the experts' tensors one by one."""
-    known = all(p.endswith((GATE_UP, DOWN, ".weight")) for p in parameters)
-    return known and not any(".experts.lora_" in name or ".experts.base_layer.lora_" in name for name in tensors)
 
 
 def _kinds_by_layer(paths: Collection[str]) -> dict[str, set[str]]:

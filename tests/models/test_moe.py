@@ -30,13 +30,13 @@ R = 4
 
 @pytest.fixture(scope="module", params=tiny.EXPERTS)
 def case(request, tmp_path_factory):
-    """(name, transformers model, its folder, our model with an adapter on every linear, experts included)."""
+    """(transformers model, our model with an adapter on every linear, experts included); read from several shards."""
     model = tiny.make_model(request.param)
     folder = tiny.save(model, tmp_path_factory.mktemp(request.param), max_shard_size="200KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     ours = test_parity.load(folder)
     FastLanguageModel.get_peft_model(ours, r=R, lora_alpha=6, init_lora_weights=False)
-    return request.param, model, folder, ours
+    return model, ours
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +46,15 @@ def mixtral(tmp_path_factory):
     return tiny.save(model, tmp_path_factory.mktemp("mixtral")), model
 
 
-def test_logits_equal_transformers(case):
-    _, model, folder, _ = case
-    ids, mask = test_parity.padded_batch()
-    real = mask.astype(bool)
-    mine = np.asarray(test_parity.load(folder)(ids, mask))
-    theirs = test_parity.torch_logits(model, ids, mask)
-    np.testing.assert_allclose(mine[real], theirs[real], atol=test_parity.TOLERANCE, rtol=0)
-
-
 def test_greedy_text_equals_transformers(mixtral):
     folder, model = mixtral
     ours, prompts = test_parity.load(folder), test_generate.prompts()[:2]
     assert ours.generate(prompts, max_new_tokens=4) == [test_generate.greedy(model, prompt)[:4] for prompt in prompts]
 
 
-def test_the_adapter_loads_in_peft_with_its_logits_and_gradients(case, tmp_path):
-    _, model, _, ours = case
+def test_logits_and_gradients_equal_transformers_with_the_adapter_in_peft(case, tmp_path):
+    model, ours = case
     ours.save_pretrained(tmp_path)
-    assert "equal to the bit" in ours.verify_adapter(tmp_path)
     ids, mask = test_parity.padded_batch()
     real = mask.astype(bool)
     without = test_parity.torch_logits(model, ids, mask)
@@ -125,19 +115,22 @@ def packed_batch(length: int = 32) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
-    """Our model of a Qwen2-MoE in NF4: dense and sparse layers, a shared expert, the balancing loss on."""
-    model = tiny.make_model("qwen-2-moe", output_router_logits=True, router_aux_loss_coef=0.5, num_hidden_layers=4)
+    """Our model of a Mixtral in NF4, the balancing loss on."""
+    model = tiny.make_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
     ours = test_parity.load(tiny.save(model, tmp_path_factory.mktemp("nf4")), load_in_4bit=True)
-    return FastLanguageModel.get_peft_model(ours, r=R, init_lora_weights=False)
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    return FastLanguageModel.get_peft_model(ours, r=R, target_modules=targets, init_lora_weights=False)
 
 
-def test_every_recomputation_policy_has_the_same_loss_and_gradients(quantised):
+def test_every_recomputation_policy_and_accumulation_have_the_same_loss_and_gradients(quantised):
+    """With the balancing loss in it: of equal micro-batches the mean is added, so twice the batch changes nothing."""
     definition, trainable, frozen = nnx.split(quantised.decoder, nnx.Param, ...)
     jitted = jax.jit(gradients, static_argnums=(0, 4))
     batch = packed_batch()
+    twice = {name: np.concatenate([value, value]) for name, value in batch.items()}
     results = {
-        policy: jitted(definition, trainable, frozen, batch, LossOptions(policy, 32, 2), None)
-        for policy in ("none", "selective", "full", "offload")
+        policy: jitted(definition, trainable, frozen, rows, LossOptions(policy, 32, 2), None)
+        for policy, rows in {"none": batch, "selective": batch, "full": twice, "offload": batch}.items()
     }
     loss, grads = results.pop("none")
     for other_loss, other in results.values():
@@ -152,7 +145,7 @@ def test_packed_documents_give_the_logits_of_each_alone(quantised):
     batch = {name: value[0] for name, value in packed_batch().items()}
     packed = np.asarray(quantised(batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]))
     alone = np.asarray(quantised(np.stack([batch["input_ids"][0, :12], batch["input_ids"][0, 12:24]])))
-    np.testing.assert_allclose(packed[0, :24].reshape(2, 12, -1), alone, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(packed[0, :24].reshape(2, 12, -1), alone, atol=5e-5, rtol=0)
 
 
 def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_not(mixtral):
@@ -172,10 +165,9 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
         np.testing.assert_array_equal(ours[expert], wanted.numpy())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "phi-3.5-moe"])
-def test_the_balancing_loss_and_its_gradient_are_transformers(name, tmp_path):
+def test_the_balancing_loss_and_its_gradient_are_transformers(tmp_path):
     """coefficient 5: the loss's own part of the gradients is then as large as the rest."""
-    model = tiny.make_model(name, output_router_logits=True, router_aux_loss_coef=5.0)
+    model = tiny.make_model("phi-3.5-moe", output_router_logits=True, router_aux_loss_coef=5.0)
     tiny.save(model, tmp_path)
     ours = FastLanguageModel.get_peft_model(
         test_parity.load(tmp_path), r=R, target_modules=["q_proj", "v_proj"], init_lora_weights=False
@@ -194,16 +186,6 @@ def test_the_balancing_loss_and_its_gradient_are_transformers(name, tmp_path):
     assert mine.keys() == wanted.keys()
     for key, value in wanted.items():
         np.testing.assert_allclose(mine[key], value, atol=test_parity.TOLERANCE, rtol=0, err_msg=key)
-
-
-def test_accumulated_micro_batches_add_the_mean_of_their_balancing_losses(quantised):
-    definition, trainable, frozen = nnx.split(quantised.decoder, nnx.Param, ...)
-    jitted = jax.jit(gradients, static_argnums=(0, 4))
-    batch, options = packed_batch(), LossOptions("full", 32, 2)
-    twice = {name: np.concatenate([value, value]) for name, value in batch.items()}
-    once = jitted(definition, trainable, frozen, batch, options, None)
-    again = jitted(definition, trainable, frozen, twice, options, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), once, again)
 
 
 def test_the_load_of_evenly_used_experts_costs_top_k():
@@ -237,6 +219,7 @@ def test_users_of_mixtral_may_write_gate_proj_or_w1(mixtral, tmp_path):
     read, _ = FastLanguageModel.from_pretrained(tmp_path, dtype="float32", load_in_4bit=False)
     assert read.peft_config["target_modules"] == ["w1", "w2", "w3"] and not read.peft_config["rank_pattern"]
     assert read.num_parameters() == ours.num_parameters()
+    assert "equal to the bit" in ours.verify_adapter(tmp_path)
 
 
 def test_an_adapter_on_some_layers_and_with_rslora_goes_to_peft(mixtral, tmp_path):
@@ -305,15 +288,15 @@ def test_configs_that_are_not_supported_are_refused_by_key_and_value(values, sai
 def test_where_the_experts_are_and_what_a_token_costs(quantised):
     config, _ = config_from_hf(QWEN | {"decoder_sparse_step": 2, "num_hidden_layers": 6, "mlp_only_layers": [3]})
     assert [kind.sparse for kind in config.layer_kinds] == [False, True, False, False, False, True]
-    made = quantised.decoder
-    trainable = nnx.state(made, nnx.Param)
-    c, e = made.config, made.config.experts
-    linears = [linear for segment in made.segments for place in segment for _, linear in lora.layer_linears(place)]
-    sizes = [(linear.lora_A.size + linear.lora_B.size, isinstance(linear, ExpertLinear)) for linear in linears]
-    wanted = sum(size * (e.top_k / e.num_experts if experts else 1) for size, experts in sizes)
-    assert active_parameters(c, trainable) == wanted
-    batch = {"segment_ids": np.ones((1, 1), np.int32), "positions": np.full((1, 1), -1)}
-    attention = c.num_hidden_layers * 64 * (2 * 64 + 2 * 32)
-    # three experts of width 48, the router, the shared expert and its gate
+    # three experts of width 48, the router, the shared expert and its gate; then a token's other linears, and the head
     sparse = 3 * 64 * 48 * 3 + 64 * 6 + 3 * 64 * 80 + 64
-    assert useful_flops(c, batch, 0) == 4 * (attention + 3 * 64 * 96 + 3 * sparse + 160 * 64)
+    others = 6 * 64 * (2 * 64 + 2 * 32) + 4 * 3 * 64 * 96 + 160 * 64
+    batch = {"segment_ids": np.ones((1, 1), np.int32), "positions": np.full((1, 1), -1)}
+    assert useful_flops(config, batch, 0) == 4 * (2 * sparse + others)
+    made, trainable = quantised.decoder, nnx.state(quantised.decoder, nnx.Param)
+    linears = [linear for _, linear in lora.layer_linears(made.segments[0][0]) if linear.adapted]
+    wanted = sum(
+        (linear.lora_A.size + linear.lora_B.size) * (2 / 4 if isinstance(linear, ExpertLinear) else 1)
+        for linear in linears
+    )
+    assert active_parameters(made.config, trainable) == wanted < quantised.num_parameters()[0]

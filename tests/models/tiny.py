@@ -136,13 +136,14 @@ EXPERTS: dict[str, tuple[str, dict]] = {
             num_experts_per_tok=3,
             moe_intermediate_size=48,
             shared_expert_intermediate_size=80,
+            num_hidden_layers=2,
             mlp_only_layers=[0],
         ),
     ),
     "qwen-3-moe": (
         "qwen3_moe",
         dict(
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_experts=6,
             num_experts_per_tok=2,
             moe_intermediate_size=48,
