@@ -42,10 +42,8 @@ def _grouped(x, sizes, h, projections, scalings):
     """The products given h; h takes no gradient: A's is computed with the rest."""
     outputs = []
     for p, s, at in zip(projections, scalings, rank_slices_of(projections), strict=True):
-        y = grouped_matmul(x, _plain(p.weight, x.dtype), sizes)
-        if p.a is not None:
-            y = y + grouped_matmul(h[:, at], (p.b * s).astype(x.dtype), sizes)
-        outputs.append(y)
+        low_rank = None if p.a is None else (h[:, at], (p.b * s).astype(x.dtype))
+        outputs.append(grouped_matmul(x, _plain(p.weight, x.dtype), sizes, low_rank))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
@@ -60,14 +58,15 @@ def _backward(scalings, residuals, dy):
         n = p.weight.shape[-2]
         dy_i = dy[:, first : first + n]
         first += n
-        part = grouped_matmul_transposed(dy_i, _plain(p.weight, dy.dtype), sizes)
         if p.a is None:
+            low_rank = None
             gradients.append(Projection(None))
         else:
             dh = grouped_matmul_transposed(dy_i, (p.b * s).astype(dy.dtype), sizes)
-            part = part + grouped_matmul_transposed(dh, p.a.astype(dy.dtype), sizes)
+            low_rank = dh, p.a.astype(dy.dtype)
             db = grouped_outer(dy_i, h[:, at], sizes) * s
             gradients.append(Projection(None, grouped_outer(dh, x, sizes).astype(p.a.dtype), db.astype(p.b.dtype)))
+        part = grouped_matmul_transposed(dy_i, _plain(p.weight, dy.dtype), sizes, low_rank)
         dx = part if dx is None else dx + part
     return dx, None, None, tuple(gradients)
 

@@ -21,30 +21,38 @@ def _draw(seed: int, args: tuple[jax.ShapeDtypeStruct, ...]) -> tuple:
     return *values, jnp.asarray(np.diff(cuts, prepend=0), jnp.int32)
 
 
-def _cases(m: int, e: int, n: int, k: int, dtype=jnp.bfloat16):
+def _cases(m: int, e: int, n: int, k: int, r: int = 0, dtype=jnp.bfloat16):
+    """With r, the first two have a low-rank pair of that rank."""
     x, y = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((m, n), dtype)
     w, sizes = jax.ShapeDtypeStruct((e, n, k), dtype), jax.ShapeDtypeStruct((e,), jnp.int32)
-    for name, args, out in (("matmul", (x, w), dtype), ("transposed", (y, w), dtype), ("outer", (y, x), jnp.float32)):
-        args = (*args, sizes)
+    h = jax.ShapeDtypeStruct((m, r), dtype)
+    b, a = jax.ShapeDtypeStruct((e, n, r), dtype), jax.ShapeDtypeStruct((e, r, k), dtype)
+    for name, factors in (
+        ("matmul", (x, w, h, b) if r else (x, w)),
+        ("transposed", (y, w, h, a) if r else (y, w)),
+        ("outer", (y, x)),
+    ):
+        args = (*factors, sizes)
         yield Case(
-            name=f"grouped_{name}/{e}x{n}x{k}/{m}",
-            run=functools.partial(_run, getattr(triton, name), out),
-            reference=functools.partial(_run, getattr(reference, name), out),
+            name=f"grouped_{name}/{e}x{n}x{k}/{m}{f'/{r}' if len(factors) > 2 else ''}",
+            run=functools.partial(_run, getattr(triton, name)),
+            reference=functools.partial(_run, getattr(reference, name)),
             args=args,
             bytes=np.dtype(dtype).itemsize * (m * (n + k) + e * n * k),
-            flops=2 * m * n * k,
+            flops=2 * m * (n * k + (r * (n if name == "matmul" else k) if len(factors) > 2 else 0)),
             draw=functools.partial(_draw, args=args),
         )
 
 
-def _run(function, dtype, lhs, rhs, sizes, **options):
-    return function(lhs, rhs, sizes, dtype, **options)
+def _run(function, lhs, rhs, *rest, **options):
+    *low_rank, sizes = rest
+    return function(lhs, rhs, sizes, *([tuple(low_rank)] if low_rank else []), **options)
 
 
 CASES: tuple[Case, ...] = (
-    *_cases(16384, 8, 14336, 4096),
+    *_cases(16384, 8, 14336, 4096, 32),
     *_cases(16384, 8, 32, 4096),
     *_cases(16384, 8, 4096, 32),
-    *_cases(300, 5, 72, 200),
-    *_cases(150, 4, 40, 24, jnp.float32),
+    *_cases(300, 14, 72, 200, 12),  # more tiles of rows than a band has
+    *_cases(150, 4, 40, 24, dtype=jnp.float32),
 )
