@@ -216,7 +216,8 @@ class Loop:
             compute_capability=capability,
         )
         why = f" ({'; '.join(chosen.reasons)})" if chosen.reasons else ""
-        return f"kernels: attention {chosen.name}{why} | nf4 {'triton' if platform == 'gpu' else 'xla'}"
+        own = "triton" if platform == "gpu" else "xla"
+        return f"kernels: attention {chosen.name}{why} | nf4 {own}" + (f" | experts {own}" if c.experts else "")
 
     def _options(self, policy: Any, source: BatchSource) -> LossOptions:
         vocab = self.model.decoder.config.vocab_size
