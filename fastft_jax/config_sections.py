@@ -53,9 +53,9 @@ class ModelSection(Options):
     compute_dtype: Literal["fp8"] | None = None
     """fp8: products with the NF4 layers in 8 bits (Ada, Hopper), the adapter in dtype; null: all in dtype."""
     load_in_8bit: bool = False
-    """Not built yet: true is refused."""
+    """Keep them in int8, one scale an output channel, outlying columns in dtype; it replaces load_in_4bit."""
     full_finetuning: bool = False
-    """Not built yet: true is refused."""
+    """Train every weight: no quantisation (whatever load_in_4bit says), no adapter; see docs/full_finetuning.md."""
     rope_scaling: dict[str, Any] | None = None
     """Replaces config.json's."""
     token: Annotated[str | None, Field(repr=False)] = None

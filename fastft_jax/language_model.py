@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from fastft_jax.convert import peft, peft_experts
 from fastft_jax.convert.hf import load_decoder, read_config
+from fastft_jax.convert.hf_writer import verify_model, write_model
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.peft_names import PREFIX
 from fastft_jax.convert.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dty
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import config_from_hf
+from fastft_jax.models.full import train_everything, trains_everything
 from fastft_jax.models.remat import Policy, resolve_policy
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
@@ -54,6 +56,7 @@ class FastLanguageModel:
         self.max_seq_length = max_seq_length
         self.peft_config: dict[str, Any] | None = None
         self.adapter_path: Path | None = None  # where a loaded adapter came from
+        self.folder: Path | None = None  # where the base was read
         self.remat_policy: str | Policy = "auto"
 
     @classmethod
@@ -74,26 +77,35 @@ class FastLanguageModel:
         """(model, tokenizer) from a local folder or a hub id: a base model, or a PEFT adapter with its base.
 
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
-        load_in_4bit keeps the layers' linears in NF4 with double quantisation. rope_scaling replaces config.json's.
+        load_in_4bit keeps the layers' linears in NF4 with double quantisation, load_in_8bit in int8 instead.
+        full_finetuning trains every weight, from float32 copies, without quantisation (whatever load_in_4bit says) or
+        adapter: 16 bytes a parameter with AdamW, 10 with its 8-bit form. rope_scaling replaces config.json's.
         random_state seeds what `generate` samples. compute_dtype="fp8" multiplies with the NF4 layers in
         8 bits, on GPUs of compute capability 8.9 or more; a CPU emulates it. The tokenizer is None, with a warning,
         where the folder has no tokenizer files.
         Raises CheckpointError for a folder that cannot be used, ConfigError for options that do not fit the device or
         each other, NotImplementedError for options not built yet.
         """
-        for option, value in (("load_in_8bit", load_in_8bit), ("full_finetuning", full_finetuning)):
-            if value:
-                raise NotImplementedError(f"{option}=True is not built yet")
+        if load_in_8bit and full_finetuning:
+            raise ConfigError(
+                "load_in_8bit=True freezes the base in 8 bits, and full_finetuning=True trains it: take one"
+            )
+        load_in_4bit = load_in_4bit and not (load_in_8bit or full_finetuning)
         if max_seq_length < 1:
             raise ConfigError(f"max_seq_length={max_seq_length} must be at least 1")
         check_compute_dtype(compute_dtype, load_in_4bit)
         folder = resolve_model(str(model_name), revision=revision, token=token)
         if (folder / peft.CONFIG).exists():
+            if full_finetuning:
+                raise ConfigError(
+                    f"full_finetuning=True trains a base model, and {folder} is an adapter: name its base"
+                )
             return cls._from_adapter(
                 folder,
                 max_seq_length=max_seq_length,
                 dtype=dtype,
                 load_in_4bit=load_in_4bit,
+                load_in_8bit=load_in_8bit,
                 rope_scaling=rope_scaling,
                 token=token,
                 random_state=random_state,
@@ -112,8 +124,18 @@ class FastLanguageModel:
                 "was trained for; its rotary embedding is left as it is (pass rope_scaling to change it)",
                 stacklevel=2,
             )
-        decoder = load_decoder(folder, config, names, dtype=_dtype(dtype), load_in_4bit=load_in_4bit)
+        if full_finetuning and config.experts is not None:
+            raise NotImplementedError(
+                f"full_finetuning=True is not built yet for mixtures of experts (model_type={config.model_type!r})"
+            )
+        stored = jnp.float32 if full_finetuning else _dtype(dtype)
+        decoder = load_decoder(
+            folder, config, names, dtype=stored, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
+        )
         set_compute_dtype(decoder, compute_dtype)
+        if full_finetuning:
+            decoder.dtype = _dtype(dtype)
+            train_everything(decoder)
         model = cls(
             decoder,
             names,
@@ -122,6 +144,7 @@ class FastLanguageModel:
             max_seq_length=max_seq_length,
             random_state=random_state,
         )
+        model.folder = folder
         return model, load_tokenizer(folder)
 
     @classmethod
@@ -165,6 +188,8 @@ class FastLanguageModel:
 
         The default of target_modules means every linear layer, also where a family gives them other names (Phi).
         """
+        if model.full_finetuning:
+            raise ConfigError("full_finetuning=True trains every weight: there is nothing for an adapter to add")
         if model.peft_config is not None:
             raise ConfigError("this model has an adapter already; load the base again to start another")
         if loftq_config:
@@ -267,7 +292,12 @@ class FastLanguageModel:
         return peft.bias_name(module, adapted=module in adapted)
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = True) -> None:
-        """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors, atomically."""
+        """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors, atomically.
+
+        After full fine-tuning: the whole model as a Hugging Face folder, in the compute dtype.
+        """
+        if self.full_finetuning:
+            return write_model(folder, self.decoder, self.hf_config, source=self.folder, overwrite=overwrite)
         if self.peft_config is None:
             raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
         tensors = lora.trainable_tensors(self.decoder, self.names)
@@ -278,6 +308,11 @@ class FastLanguageModel:
             {self._peft_name(name): np.asarray(value) for name, value in tensors.items()},
             overwrite=overwrite,
         )
+
+    @property
+    def full_finetuning(self) -> bool:
+        """Whether every weight trains (`from_pretrained(full_finetuning=True)`)."""
+        return trains_everything(self.decoder)
 
     def continue_adapter(self, lora_options: dict[str, Any], given: set[str]) -> None:
         """Train a loaded adapter on: what shapes it is as it was saved, how it is trained may be chosen anew.
@@ -309,7 +344,10 @@ class FastLanguageModel:
         """Read an adapter folder back, attach it to the base anew, and compare with the live model; says so in a line.
 
         Every tensor must be equal to the bit, and so must the logits of a fixed row. Raises CheckpointError if not.
+        After full fine-tuning the folder is a model, and its tensors are compared.
         """
+        if self.full_finetuning:
+            return verify_model(folder, self.decoder, self.hf_config)
         config, tensors = peft.read_adapter(folder)
         config = peft_experts.plain_config(config, tensors, self._linear_paths())
         mine = lora.trainable_tensors(self.decoder, self.names)

@@ -90,7 +90,9 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     used = memory_in_use(jax.local_devices()[0])
     size = "" if used is None else f" ({used / 2**30:.2f} GiB on the device)"
     print(f"loaded {config.model.model_name} in {time.perf_counter() - start:.1f} s{size}")
-    if model.peft_config is None:
+    if model.full_finetuning:
+        _train_all_of(model, config.lora, _given(origins, "lora"))
+    elif model.peft_config is None:
         model = FastLanguageModel.get_peft_model(model, **config.lora.model_dump())
     else:
         model.continue_adapter(config.lora.model_dump(), given=_given(origins, "lora"))
@@ -106,10 +108,20 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     if output.stopped:
         print(f"stopped at step {output.global_step}; go on with training.resume_from_checkpoint=true")
         return 0
-    print(f"adapter saved in {folder}")
+    print(f"{'model' if model.full_finetuning else 'adapter'} saved in {folder}")
     if config.export.verify:
         print(f"read back: {model.verify_adapter(folder)}")
     return 0
+
+
+def _train_all_of(model: Any, lora: Any, given: set[str]) -> None:
+    """Full fine-tuning: of the lora section only the recomputation policy means anything; ConfigError for the rest."""
+    from fastft_jax.models.remat import resolve_policy
+
+    if meaningless := sorted(given - {"use_gradient_checkpointing"}):
+        named = ", ".join(f"lora.{key}" for key in meaningless)
+        raise ConfigError(f"model.full_finetuning trains every weight, without an adapter: take out {named}")
+    model.remat_policy = resolve_policy(lora.use_gradient_checkpointing)
 
 
 def _given(origins: dict[str, str], section: str) -> set[str]:

@@ -297,8 +297,8 @@ def test_no_permission_to_read_the_data(refused, run_config, monkeypatch):
         ({"lora": {"layers_to_transform": [7]}}, ["layers_to_transform=[7]"]),
         ({"lora": {"modules_to_save": ["input_layernorm"]}}, ["modules_to_save", "input_layernorm"]),
         # options whose promise is not built
-        ({"model": {"load_in_8bit": True}}, ["load_in_8bit"]),
-        ({"model": {"full_finetuning": True}}, ["full_finetuning"]),
+        ({"model": {"load_in_8bit": True, "full_finetuning": True}}, ["load_in_8bit=True", "take one"]),
+        ({"model": {"full_finetuning": True}}, ["take out lora.r, lora.target_modules"]),
         ({"lora": {"loftq_config": {"bits": 4}}}, ["loftq_config"]),
         ({"lora": {"init_lora_weights": "pissa"}}, ["init_lora_weights", "pissa"]),
         ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, ["LoRA on lm_head"]),

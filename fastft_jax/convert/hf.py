@@ -18,10 +18,12 @@ from jaxtyping import Array
 
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
 from fastft_jax.convert.safetensors import Checkpoint
-from fastft_jax.errors import CheckpointError
+from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
+from fastft_jax.quant import int8
+from fastft_jax.quant.dense import is_quantised
 from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -75,12 +77,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype, load_in_4bit: bool) -> Decoder:
-    """The decoder of `folder` with linears in NF4 (double-quantised) or in `dtype`, everything else in `dtype`.
+def load_decoder(
+    folder: Path, config: DecoderConfig, names: NameTable, *, dtype, load_in_4bit: bool, load_in_8bit: bool = False
+) -> Decoder:
+    """The decoder of `folder` with linears in NF4 (double-quantised), int8 or `dtype`, everything else in `dtype`.
 
     Matrices that bitsandbytes packed keep their codes and scales, bit for bit. Host memory holds two tensors at a time:
     the one being quantised and the next, read ahead by a thread.
-    Raises CheckpointError for missing, unexpected or misshapen tensors, before any is read.
+    Raises CheckpointError for missing, unexpected or misshapen tensors, ConfigError for int8 of a checkpoint in 4 bits,
+    before any is read.
     """
     checkpoint = Checkpoint.open(folder)
     names = names.stored(lambda name: not checkpoint.missing([name]))
@@ -88,6 +93,9 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
     matrices = [request for request in requests if request.quantisable]
     packed = packed_matrices(checkpoint, {n: r.tensor_shape for r in matrices for n in r.hf_names(names)})
     _check(checkpoint, requests, names, config, packed)
+    if packed and load_in_8bit:
+        raise ConfigError(f"load_in_8bit=True: {folder} holds matrices in 4 bits already; use load_in_4bit=True")
+    quantised = "nf4" if load_in_4bit else "int8" if load_in_8bit else None
     wanted = [name for request in requests for name in request.hf_names(names)]
     order = iter([part for name in wanted for part in (packed[name].tensors if name in packed else [name])])
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor() as compilers:
@@ -95,7 +103,7 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
         programs = {
             kind: compilers.submit(_compile_fill, *kind)
             for kind in dict.fromkeys(
-                _kind(request, checkpoint.info(name)[0], dtype, load_in_4bit)
+                _kind(request, checkpoint.info(name)[0], dtype, quantised)
                 for request in requests
                 if len(request.shape) > 1 and request.layers is not None
                 for name in request.hf_names(names)
@@ -115,11 +123,11 @@ def load_decoder(folder: Path, config: DecoderConfig, names: NameTable, *, dtype
             stack = None
             for i in range(math.prod(request.lead)):
                 w = ahead.next()
-                room, fill = programs[_kind(request, w.dtype, dtype, load_in_4bit)].result()
+                room, fill = programs[_kind(request, w.dtype, dtype, quantised)].result()
                 # Waiting keeps the host at two tensors: otherwise transfers queue up behind the reader.
                 stack = room() if stack is None else stack
                 stack = jax.block_until_ready(fill(stack, w.reshape(-1), np.int32(i)))
-            if isinstance(stack, NF4Array):
+            if is_quantised(stack):
                 return with_lead(dataclasses.replace(stack, shape=request.tensor_shape), request.lead)
             return stack.reshape(len(layers), *shape)
 
@@ -241,35 +249,39 @@ def _put(stack, part, index):
 
 
 class _Kind(NamedTuple):
-    """What fixes the program that fills a stack: matrices of equal size share one, whatever their shape."""
+    """What fixes the program that fills a stack: matrices of equal size share one, whatever their shape (not int8)."""
 
     layers: int
-    size: int
+    shape: tuple[int, ...]
     source: np.dtype
     dtype: Any
-    quantised: bool
+    quantised: str | None  # "nf4" or "int8"
 
 
-def _kind(request: Request, source: np.dtype, dtype, load_in_4bit: bool) -> _Kind:
-    quantised = load_in_4bit and request.quantisable
-    return _Kind(math.prod(request.lead), math.prod(request.tensor_shape), np.dtype(source), dtype, quantised)
+def _kind(request: Request, source: np.dtype, dtype, quantised: str | None) -> _Kind:
+    quantised = quantised if request.quantisable else None
+    shape = request.tensor_shape if quantised == "int8" else (math.prod(request.tensor_shape),)
+    return _Kind(math.prod(request.lead), shape, np.dtype(source), dtype, quantised)
 
 
-def _compile_fill(layers: int, size: int, source: np.dtype, dtype, quantised: bool) -> tuple[Callable, Callable]:
-    """`room()`: an empty stack; `fill(stack, w, i)`: with w [size] at index i, in place, in `dtype` or its NF4 code
-    (quantised from `dtype`, as transformers does).
+def _compile_fill(
+    layers: int, shape: tuple[int, ...], source: np.dtype, dtype, quantised: str | None
+) -> tuple[Callable, Callable]:
+    """`room()`: an empty stack; `fill(stack, w, i)`: with w (flat) at index i, in place, in `dtype` or its NF4 or int8
+    code (quantised from `dtype`, as transformers does).
 
     Compiled ahead, in threads, while tensors are read: encoding takes XLA seconds a size.
     """
 
     def pack(w):
-        return quantize(w.astype(dtype)) if quantised else w.astype(dtype)
+        w = w.astype(dtype)
+        return quantize(w) if quantised == "nf4" else int8.quantize(w.reshape(shape)) if quantised else w
 
     def fill(stack, w, i):
         put = lambda leaf, part: jax.lax.dynamic_update_index_in_dim(leaf, part, i, 0)  # noqa: E731
         return jax.tree.map(put, stack, pack(w))
 
-    w = jax.ShapeDtypeStruct((size,), source)
+    w = jax.ShapeDtypeStruct((math.prod(shape),), source)
     stack = jax.tree.map(lambda s: jax.ShapeDtypeStruct((layers, *s.shape), s.dtype), jax.eval_shape(pack, w))
     room = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stack))
     filler = jax.jit(fill, donate_argnums=0).lower(stack, w, jax.ShapeDtypeStruct((), jnp.int32))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.config import DecoderConfig, LayerKind
 from fastft_jax.models.layers import LayerNorm, Linear, RMSNorm, project_normed
-from fastft_jax.models.residuals import Keep
+from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.attention import attention
 from fastft_jax.pallas_kernels.rope import rope_qkv
 
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Slot,
         norm: RMSNorm | LayerNorm | None,
         seq: Sequence,
         keep: Keep,
@@ -97,6 +97,7 @@ class Attention(nnx.Module):
             k_norm=self.k_norm.weight.get_value() if by_head else None,
             eps=self.q_norm.eps if by_head else None,
             plus_one=by_head and self.q_norm.plus_one,
+            train_weight=by_head and self.q_norm.trained,
         )
         q, k, v = keep("q", q), keep("k", k), keep("v", v)
         if cache is not None:

@@ -18,10 +18,10 @@ from fastft_jax.models.layers import Embedding, ExpertLinear, LayerNorm, Linear,
 from fastft_jax.models.mlp import GatedMLP, PlainMLP
 from fastft_jax.models.moe import MixtureOfExperts
 from fastft_jax.models.remat import LAYER_INPUT, Policy
-from fastft_jax.models.residuals import Keep
+from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.rope import rope_tables
 from fastft_jax.models.stack import run_layers
-from fastft_jax.quant.nf4 import NF4Array
+from fastft_jax.quant.dense import is_quantised
 
 # path inside a layer or the decoder, its shape, the layers to stack (None: not in a layer) -> array or quantised array
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
@@ -84,18 +84,18 @@ class DecoderLayer(nnx.Module):
         if self.parallel:
             normed = self.input_layernorm(x)
             with jax.named_scope("attention"):
-                out, _, cache = self.self_attn(normed, None, seq, keep, cache, attention_keys)
+                out, _, cache = self.self_attn(Slot(normed), None, seq, keep, cache, attention_keys)
             x = self._add(x, out)
             with jax.named_scope("mlp"):
-                out, _, load = self._feed_forward(normed, None, seq, keep, mlp_keys)
+                out, _, load = self._feed_forward(Slot(normed), None, seq, keep, mlp_keys)
             return self._add(x, out), cache, load
         with jax.named_scope("attention"):
-            out, x, cache = self.self_attn(x, self.input_layernorm, seq, keep, cache, attention_keys)
+            out, x, cache = self.self_attn(keep.input(x), self.input_layernorm, seq, keep, cache, attention_keys)
             if self.attention_output_norm is not None:
                 out = self.attention_output_norm(keep("block_out", out))
-        x = keep("mid_residual", self._add(x, out))
+        middle = keep.shared_slot("mid_residual", self._add(x, out))
         with jax.named_scope("mlp"):
-            out, x, load = self._feed_forward(x, self.post_attention_layernorm, seq, keep, mlp_keys)
+            out, x, load = self._feed_forward(middle, self.post_attention_layernorm, seq, keep, mlp_keys)
             if self.mlp_output_norm is not None:
                 out = self.mlp_output_norm(keep("block_out", out))
         return self._add(x, out), cache, load
@@ -318,7 +318,7 @@ class _Stack(NamedTuple):
         """The layers of one turn of the loop."""
 
         def pick(leaf):
-            return leaf.at(index) if isinstance(leaf, NF4Array) else leaf[index]
+            return leaf.at(index) if is_quantised(leaf) else leaf[index]
 
-        here = jax.tree.map(pick, frozen, is_leaf=lambda leaf: isinstance(leaf, NF4Array))
+        here = jax.tree.map(pick, frozen, is_leaf=is_quantised)
         return [nnx.merge(*parts) for parts in zip(self.definitions, trainable, here, strict=True)]

@@ -1,8 +1,8 @@
 """The decoder's small modules: containers of arrays with one equation each.
 
-Variables say what may be trained: `Frozen` never has a gradient; `nnx.LoRAParam` and `nnx.Param` always do. Inside the
-decoder every layer's arrays are stacked over the layers of one place, `[L, ...]`, and lax.scan slices that axis away
-before any of these modules is called.
+Variables say what may be trained: `Frozen` never has a gradient; `nnx.LoRAParam` and `nnx.Param` always do (base
+weights are that in full fine-tuning, `full.py`). Inside the decoder every layer's arrays are stacked over the layers of
+one place, `[L, ...]`, and lax.scan slices that axis away before any of these modules is called.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.grouped_lora import grouped_lora_linear
 from fastft_jax.quant.lora_linear import Projection, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
+from fastft_jax.quant.trained_linear import trained_linear
 
 
 class Frozen(nnx.Variable):
@@ -30,7 +31,7 @@ class Frozen(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """`y = x W^T + b + scaling * (dropout(x) A^T) B^T`; W frozen (plain or NF4), A and B float32 (LoRA as in PEFT).
+    """`y = x W^T + b + scaling * (dropout(x) A^T) B^T`; W frozen (plain or quantised), A and B float32 (as in PEFT).
 
     weight [L, N, K]; bias [L, N]; lora_A [r, R, K] and lora_B [r, N, R], where r rows of the stack are adapted:
     `adapted_rows` names them, None for all. `trained_bias` replaces the bias of those rows.
@@ -89,6 +90,8 @@ def project(
     linears: Sequence[Linear], x: Float[Array, "B T K"], keep: Keep, dropout_keys: Sequence[Array | None]
 ) -> Float[Array, "B T N"]:
     """The outputs of linears that read the same x, side by side in one array: one large product for all."""
+    if _trained(linears):
+        return _with_biases(trained_linear(x, [m.weight.get_value() for m in linears]), linears)
     dropped = None
     if _drops(linears, dropout_keys):
         dropped = [
@@ -102,18 +105,20 @@ def project(
 def project_normed(
     norm: "RMSNorm | LayerNorm | None",
     linears: Sequence[Linear],
-    x: Float[Array, "B T K"],
+    slot: Slot,
     keep: Keep,
     dropout_keys: Sequence[Array | None],
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T K"]]:
     """`project(linears, norm(x))`, and x again: a residual connection that starts from it costs no extra pass.
 
-    Without a norm the linears read x itself. Only RMSNorm is one op with its linears.
+    Without a norm the linears read x itself. Only RMSNorm is one op with its linears, while they are frozen.
     """
-    if not isinstance(norm, RMSNorm) or _drops(linears, dropout_keys):
+    x, stack, index = slot
+    if not isinstance(norm, RMSNorm) or _drops(linears, dropout_keys) or _trained(linears):
         return project(linears, x if norm is None else norm(x), keep, dropout_keys), x
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
-    y, x = norm_linear(x, norm.weight.get_value(), Norm(norm.eps, norm.plus_one), projections, scalings, keep)
+    normed = Norm(norm.eps, norm.plus_one)
+    y, x = norm_linear(x, norm.weight.get_value(), normed, projections, scalings, keep, stack=stack, index=index)
     return _with_biases(y, linears), x
 
 
@@ -121,7 +126,7 @@ def project_glu(
     linear: Linear, gate_up: Slot, keep: Keep, dropout_key: Array | None, activation: Activation = "silu"
 ) -> Float[Array, "B T D"]:
     """`linear(act(gate) * up)`."""
-    if _drops((linear,), (dropout_key,)):
+    if _drops((linear,), (dropout_key,)) or _trained((linear,)):
         return linear(glu(gate_up.read(), activation=activation), keep, dropout_key)
     value, stack, index = gate_up
     y = glu_linear(
@@ -138,12 +143,13 @@ def runs_in_fp8(linears: Sequence[Linear], x: Float[Array, "B T K"], dropout_key
 
 
 def project_fp8_mlp(
-    norm: "RMSNorm", linears: Sequence[Linear], x: Float[Array, "B T D"], keep: Keep, activation: Activation = "silu"
+    norm: "RMSNorm", linears: Sequence[Linear], slot: Slot, keep: Keep, activation: Activation = "silu"
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """`down(act(gate(n)) * up(n))` with n = norm(x), in fp8; and x again. linears: gate, up, down."""
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
     normed = Norm(norm.eps, norm.plus_one)
-    return fp8_mlp(x, norm.weight.get_value(), normed, projections, scalings, keep, activation)
+    x, stack, at = slot
+    return fp8_mlp(x, norm.weight.get_value(), normed, projections, scalings, keep, activation, stack=stack, at=at)
 
 
 def _projection(linear: Linear) -> Projection:
@@ -167,6 +173,11 @@ def _drops(linears: Sequence[Linear], keys: Sequence[Array | None]) -> bool:
     return any(key is not None and m.dropout > 0.0 and m.adapted for m, key in zip(linears, keys, strict=True))
 
 
+def _trained(linears: Sequence[Linear]) -> bool:
+    """Do the weights themselves train (full fine-tuning)?"""
+    return any(isinstance(m.weight, nnx.Param) for m in linears)
+
+
 def _drop(x: Float[Array, "B T K"], rate: float, key: Array) -> Float[Array, "B T K"]:
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
@@ -180,7 +191,11 @@ class RMSNorm(nnx.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.weight.get_value(), eps=self.eps, plus_one=self.plus_one)
+        return rms_norm(x, self.weight.get_value(), eps=self.eps, plus_one=self.plus_one, train_weight=self.trained)
+
+    @property
+    def trained(self) -> bool:
+        return isinstance(self.weight, nnx.Param)
 
 
 class LayerNorm(nnx.Module):
@@ -193,7 +208,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         bias = None if self.bias is None else self.bias.get_value()
-        return layer_norm(x, self.weight.get_value(), bias, eps=self.eps)
+        return layer_norm(
+            x, self.weight.get_value(), bias, eps=self.eps, train_weight=isinstance(self.weight, nnx.Param)
+        )
 
 
 def make_norm(config: DecoderConfig, load, path: str, width: int) -> RMSNorm | LayerNorm:

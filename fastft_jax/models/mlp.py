@@ -13,7 +13,7 @@ from fastft_jax.models.layers import (
     project_normed,
     runs_in_fp8,
 )
-from fastft_jax.models.residuals import Keep
+from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.glu.reference import ACTIVATIONS
 
 
@@ -31,13 +31,13 @@ class GatedMLP(nnx.Module):
         self.fused, self.activation = config.fused_projections, config.activation
 
     def __call__(
-        self, x: Float[Array, "B T D"], norm: RMSNorm | LayerNorm | None, keep: Keep, keys: Array | None = None
+        self, x: Slot, norm: RMSNorm | LayerNorm | None, keep: Keep, keys: Array | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """The output, and x for the residual connection."""
         drop = (None,) * 3 if keys is None else keys
         if isinstance(norm, RMSNorm) and not self.fused:
             linears = (self.gate_proj, self.up_proj, self.down_proj)
-            if runs_in_fp8(linears, x, drop):
+            if runs_in_fp8(linears, x.value, drop):
                 return project_fp8_mlp(norm, linears, x, keep, self.activation)
         linears = (self.gate_up_proj,) if self.fused else (self.gate_proj, self.up_proj)
         gate_up, x = project_normed(norm, linears, x, keep, drop[: len(linears)])
@@ -54,7 +54,7 @@ class PlainMLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(
-        self, x: Float[Array, "B T D"], norm: RMSNorm | LayerNorm | None, keep: Keep, keys: Array | None = None
+        self, x: Slot, norm: RMSNorm | LayerNorm | None, keep: Keep, keys: Array | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """The output, and x for the residual connection."""
         drop = (None,) * 2 if keys is None else keys

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.layers import Frozen, LayerNorm, RMSNorm, project_experts
 from fastft_jax.models.mlp import GatedMLP
-from fastft_jax.models.residuals import Keep
+from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.router import route, router_load
 from fastft_jax.pallas_kernels.glu import glu
 from fastft_jax.quant.lora_linear import contract
@@ -101,20 +101,21 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Slot,
         norm: RMSNorm | LayerNorm | None,
         keep: Keep,
         keys: Array | None = None,
         counted: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Float[Array, "2 E"] | None]:
         """The output, x for the residual connection, and the router's load over the `counted` tokens if any are."""
+        x = x.value
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
         logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
         out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
         if self.shared_expert is not None:
             gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
-            shared, _ = self.shared_expert(normed, None, keep, keys)
+            shared, _ = self.shared_expert(Slot(normed), None, keep, keys)
             out = out + jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
         load = None if counted is None else router_load(logits, self.config.top_k, counted.reshape(-1))
         return out, x, load

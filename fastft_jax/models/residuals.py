@@ -40,12 +40,24 @@ class Keep:
         how = self._table.get(name, "recompute")
         return value if how == "recompute" else self._kept(self._key(name), how, value)
 
+    def keeps(self, name: str) -> bool:
+        """Whether values of that name are kept, wherever; if not, they are computed again."""
+        return self._table.get(name, "recompute") != "recompute"
+
     def slot(self, name: str, value: Array) -> Slot:
         """As a call, for the one consumer that can read a stack in place; it must give the gradient to `value`."""
         how = self._table.get(name, "recompute")
         if how != "save":
             return Slot(self(name, value))
         return self._slot(self._key(name), value)
+
+    def shared_slot(self, name: str, value: Array) -> Slot:
+        """As `slot`, where others want the value, too: only the backward pass reads it from the stack."""
+        return Slot(self(name, value))
+
+    def input(self, x: Array) -> Slot:
+        """The layer's input, which the loop keeps."""
+        return Slot(x)
 
     def _key(self, name: str) -> str:
         """A name may come several times in a layer; the order is the same at every trace."""
@@ -101,7 +113,8 @@ class Writer(Keep):
         else:
             # Without the barrier XLA computes a product that is stored and read twice: once into its place.
             stored = lax.optimization_barrier(value)
-            self.buffers.device[key] = _put(self.buffers.device[key], stored, self._index)
+            stored = _put(self.buffers.device[key], stored, self._index)
+            value, self.buffers.device[key] = lax.optimization_barrier((value, stored))
         return value
 
     def _slot(self, key, value):
@@ -120,6 +133,16 @@ class Reader(Keep):
 
     def stored(self, key: str) -> Array:
         return self._fetched[key] if key in self._fetched else _get(self._buffers.device[key], self._index)
+
+    def shared_slot(self, name, value):
+        if self._table.get(name, "recompute") != "save":
+            return Slot(self(name, value))
+        key = self._key(name)
+        return Slot(self._kept(key, "save", value), self._buffers.device[key], self._index)
+
+    def input(self, x):
+        key = f"{LAYER_INPUT}/{self._count[LAYER_INPUT]}"
+        return Slot(x, self._buffers.device[key], self._index) if key in self._buffers.device else Slot(x)
 
     def _kept(self, key, how, value):
         return _instead(value, self.stored(key))

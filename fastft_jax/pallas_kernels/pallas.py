@@ -29,16 +29,24 @@ barrier = backend.debug_barrier
 
 
 _only_references = jax.make_user_context(False)  # jax traces a function again where it differs
+_imagined = jax.make_user_context(None)
 
 
 def on_gpu() -> bool:
     """Whether kernels are the default: JAX's default device is a GPU, and nothing asked for `references`."""
+    if _imagined.value is not None:
+        return _imagined.value
     return jax.default_backend() == "gpu" and not _only_references.value
 
 
 def references() -> AbstractContextManager[None]:
     """While it lasts, every op that is free to choose takes its plain XLA reference, on a GPU, too."""
     return _only_references(True)
+
+
+def imagine(gpu: bool) -> AbstractContextManager[None]:
+    """While it lasts, ops choose as if there were a GPU, or none: to say what would run on a card, not to run it."""
+    return _imagined(gpu)
 
 
 def only_references() -> bool:

@@ -6,13 +6,13 @@ read gate and up where the training loop stored them.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels.glu import Activation, glu, glu_backward
+from fastft_jax.quant.keep import Keep
 from fastft_jax.quant.lora_linear import (
     Projection,
     adapter_gradients,
@@ -31,11 +31,12 @@ def glu_linear(
     activation: Activation = "silu",
     stack: Float[Array, "L ... 2F"] | None = None,
     index: Int[Array, ""] | None = None,
-    keep: Callable[[str, Array], Array] = lambda name, value: value,
+    keep: Keep | None = None,
 ) -> Float[Array, "... D"]:
     """`lora_linear(glu(gate_up), [projection])`, values and gradients alike; the weight is frozen.
 
-    With `stack`, gate_up is read from `stack[index]` and `gate_up` itself only receives the gradient.
+    With `stack`, gate_up is read from `stack[index]` and `gate_up` itself only receives the gradient. What is computed
+    again anyway, the activation, gives the adapter's inner product again where `keep` does not keep it.
     """
     lead = gate_up.shape[:-1]
     rows = gate_up.reshape(-1, gate_up.shape[-1])
@@ -43,7 +44,7 @@ def glu_linear(
         stack = stack.reshape(stack.shape[0], *rows.shape)
     room = room_of([projection])
     h = None
-    if room:
+    if room and keep is not None and keep.keeps("lora_h"):
         source = lax.stop_gradient(rows) if stack is None else stack
         act = glu(source, activation=activation, room=room, index=index)
         h = keep("lora_h", inner_product(act, lax.stop_gradient((projection,))))
@@ -55,7 +56,7 @@ def glu_linear(
 def _glu_linear(gate_up, stack, index, h, projection, scaling, activation):
     source = gate_up if stack is None else stack
     act = glu(source, activation=activation, room=room_of([projection]), index=index)
-    return wide_product(act, h, (projection,), (scaling,))
+    return wide_product(act, _inner(act, projection) if h is None else h, (projection,), (scaling,))
 
 
 def _forward(gate_up, stack, index, h, projection, scaling, activation):
@@ -68,8 +69,13 @@ def _backward(scaling, activation, residuals, dy):
     d_act, dh = input_gradient(dy, (projection,), (scaling,))
     source = gate_up if stack is None else stack
     d_gate_up, act = glu_backward(source, d_act, activation=activation, index=index)
+    h = _inner(act, projection) if h is None else h
     (gradient,) = adapter_gradients(act, h, dh, dy, (projection,), (scaling,))
     return d_gate_up, None, None, None, gradient
+
+
+def _inner(act, projection) -> Float[Array, "M room"] | None:
+    return inner_product(act, (projection,)) if room_of([projection]) else None
 
 
 _glu_linear.defvjp(_forward, _backward)

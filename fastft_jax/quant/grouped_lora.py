@@ -1,7 +1,7 @@
 """Frozen linear layers of E experts with LoRA's pairs, over rows sorted by expert.
 
 y_i[m] = x[m] W_ie^T + s_i (x[m] A_ie^T) B_ie^T for the rows m of expert e; i = 1..G linears read the same x. As
-`lora_linear`, for one matrix an expert: W is NF4 (decoded again in the backward pass) or plain, never differentiated.
+`lora_linear`, for one matrix an expert: W is quantised (decoded again in the backward pass) or plain, and frozen.
 """
 
 import functools
@@ -13,6 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer
+from fastft_jax.quant import int8
+from fastft_jax.quant.int8 import Int8Array
 from fastft_jax.quant.lora_linear import Projection, rank_slices
 from fastft_jax.quant.nf4 import NF4Array, dequantize_stack
 
@@ -83,5 +85,7 @@ def _all_a(projections: Sequence[Projection], dtype) -> Float[Array, "E R K"]:
     return jnp.concatenate([p.a.astype(dtype) for p in projections if p.a is not None], axis=1)
 
 
-def _plain(weight: NF4Array | Float[Array, "E N K"], dtype) -> Float[Array, "E N K"]:
+def _plain(weight: NF4Array | Int8Array | Float[Array, "E N K"], dtype) -> Float[Array, "E N K"]:
+    if isinstance(weight, Int8Array):
+        return jax.vmap(lambda each: int8.dequantize(each, dtype))(weight)
     return dequantize_stack(weight, dtype) if isinstance(weight, NF4Array) else weight.astype(dtype)

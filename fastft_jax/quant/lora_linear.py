@@ -23,14 +23,16 @@ from jaxtyping import Array, Float
 
 from fastft_jax.pallas_kernels import nf4
 from fastft_jax.quant import fp8
+from fastft_jax.quant.dense import dense
 from fastft_jax.quant.few_rows import few_row_product
-from fastft_jax.quant.nf4 import BLOCK, NF4Array, dequantize
+from fastft_jax.quant.int8 import Int8Array
+from fastft_jax.quant.nf4 import BLOCK, NF4Array
 
 
 class Projection(NamedTuple):
     """One frozen weight [N, K] and its adapter, if it has one: A float32 [R, K], B float32 [N, R]."""
 
-    weight: Float[Array, "N K"] | NF4Array
+    weight: Float[Array, "N K"] | NF4Array | Int8Array
     a: Float[Array, "R K"] | None = None
     b: Float[Array, "N R"] | None = None
 
@@ -54,7 +56,7 @@ def lora_linear(
     """The outputs of all projections side by side, [..., N_1 + .. + N_G], in x.dtype; differentiable in x, A and B.
 
     scalings: PEFT's alpha / r (or alpha / sqrt(r)) of each, Python numbers. dropped: what each adapter reads instead of
-    x (x after dropout), or None. Weights are frozen: NF4 is decoded again in the backward pass, so that its codes are
+    x (x after dropout), or None. Weights are frozen: codes are decoded again in the backward pass, so that they are
     the only residual. A and B are cast to x.dtype for the products; dA and dB come out of float32 accumulators in their
     own dtype, so a bfloat16 step does not round the gradients of float32 masters. h = x A^T goes through
     keep("lora_h", h), which may return a copy kept earlier. Raises ValueError when
@@ -252,9 +254,7 @@ def _stacked_rows(projections, dtype, below: Float[Array, "room K"] | None = Non
     if _decoded_in_place(projections):
         w = _decode(projections, (n + extra, k), dtype)
         return w if below is None else lax.dynamic_update_slice(w, below, (n, 0))
-    parts = [
-        dequantize(p.weight, dtype) if isinstance(p.weight, NF4Array) else p.weight.astype(dtype) for p in projections
-    ]
+    parts = [dense(p.weight, dtype) for p in projections]
     parts += [] if below is None else [below]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels.fp8 import rms_norm_rows
 from fastft_jax.pallas_kernels.rms_norm import rms_norm, rms_norm_backward
@@ -41,17 +41,22 @@ def norm_linear(
     projections: Sequence[Projection],
     scalings: Sequence[float],
     keep: Callable[[str, Array], Array] = lambda name, value: value,
+    *,
+    stack: Float[Array, "L ... D"] | None = None,
+    index: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "... N"], Float[Array, "... D"]]:
     """`lora_linear(rms_norm(x), projections)`, and x again for the residual connection, whose gradient joins there.
 
-    Norm and linear weights are frozen. The norm's result is computed again in the backward pass.
+    Norm and linear weights are frozen. The norm's result is computed again in the backward pass. With `stack`, x is
+    also what `stack[index]` holds, and is read there by the backward kernel.
     """
     rows, projections = x.reshape(-1, x.shape[-1]), tuple(projections)
+    stack = None if stack is None else stack.reshape(stack.shape[0], *rows.shape)
     h, room = None, room_of(projections)
     if room:
         frozen_x, frozen = lax.stop_gradient((rows, projections))
         h = keep("lora_h", inner_product(_normed(frozen_x, weight, norm, frozen)[0], frozen))
-    y, rows = _norm_linear(rows, weight, h, projections, norm, tuple(scalings))
+    y, rows = _norm_linear(rows, stack, index, weight, h, projections, norm, tuple(scalings))
     return y.reshape(*x.shape[:-1], y.shape[-1]), rows.reshape(x.shape)
 
 
@@ -66,8 +71,8 @@ def _normed(
     return wide, tuple(rows8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _norm_linear(x, weight, h, projections, norm, scalings):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _norm_linear(x, stack, index, weight, h, projections, norm, scalings):
     wide, rows8 = _normed(x, weight, norm, projections)
     if rows8 is None:
         return wide_product(wide, h, projections, scalings), x
@@ -76,18 +81,19 @@ def _norm_linear(x, weight, h, projections, norm, scalings):
     return fp8.finished(product, low_rank, x.dtype), x
 
 
-def _forward(x, weight, h, projections, norm, scalings):
-    return _norm_linear(x, weight, h, projections, norm, scalings), (x, weight, h, projections)
+def _forward(x, stack, index, weight, h, projections, norm, scalings):
+    outputs = _norm_linear(x, stack, index, weight, h, projections, norm, scalings)
+    return outputs, (x if stack is None else stack, index, weight, h, projections)
 
 
 def _backward(norm, scalings, residuals, cotangents):
-    x, weight, h, projections = residuals
+    source, index, weight, h, projections = residuals
     dy, d_residual = cotangents
     d_normed, dh = input_gradient(dy, projections, scalings)
-    normed = rms_norm(x, weight, eps=norm.eps, plus_one=norm.plus_one)
+    options = dict(eps=norm.eps, plus_one=norm.plus_one, index=index)
+    dx, normed = rms_norm_backward(d_normed, source, weight, d_residual=d_residual, **options)
     gradients = adapter_gradients(normed, h, dh, dy, projections, scalings)
-    dx = rms_norm_backward(d_normed, x, weight, eps=norm.eps, plus_one=norm.plus_one, d_residual=d_residual)
-    return dx, None, None, gradients
+    return dx, None, None, None, None, gradients
 
 
 _norm_linear.defvjp(_forward, _backward)

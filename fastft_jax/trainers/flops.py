@@ -16,12 +16,15 @@ def active_parameters(config: DecoderConfig, trainable: nnx.State) -> float:
     return total
 
 
-def useful_flops(config: DecoderConfig, batch: dict[str, np.ndarray], trainable: float) -> float:
-    """FLOPs of one LoRA step on a batch, recomputation not counted.
+def useful_flops(
+    config: DecoderConfig, batch: dict[str, np.ndarray], trainable: float, *, full_finetuning: bool = False
+) -> float:
+    """FLOPs of one step on a batch, recomputation not counted.
 
     Frozen matrices cost 2 a weight and token forward and 2 backward (no weight gradient), trained ones 6; attention
-    costs 4 N H a visible key forward and 2.5 times that backward; the head counts as frozen. Of experts only those
-    count that a token goes to; `trainable` is what `active_parameters` says.
+    costs 4 N H a visible key forward and 2.5 times that backward; the head counts as frozen. In full
+    fine-tuning every matrix, the head among them, costs 6. Of experts only those count that a token goes to;
+    `trainable` is what `active_parameters` says.
     """
     c = config
     real = batch["segment_ids"] > 0
@@ -33,7 +36,8 @@ def useful_flops(config: DecoderConfig, batch: dict[str, np.ndarray], trainable:
     keys = batch["positions"][real].astype(np.int64) + 1
     seen = {window: int(np.minimum(keys, window or keys.max(initial=0)).sum()) for window in set(c.layer_windows)}
     visible = sum(seen[window] for window in c.layer_windows)
-    return 4.0 * linears * tokens + 6.0 * trainable * tokens + 14.0 * attention_width * visible
+    weights = 6.0 * linears if full_finetuning else 4.0 * linears + 6.0 * trainable
+    return weights * tokens + 14.0 * attention_width * visible
 
 
 def _mlp(config: DecoderConfig, sparse: bool) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from fastft_jax.errors import ConfigError, TrainingError
+from fastft_jax.models.active_kernels import base_in_use
 from fastft_jax.pallas_kernels.attention import current_device, select_implementation
 from fastft_jax.pallas_kernels.linear_cross_entropy import default_chunk_size
 from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
@@ -216,8 +217,7 @@ class Loop:
             compute_capability=capability,
         )
         why = f" ({'; '.join(chosen.reasons)})" if chosen.reasons else ""
-        own = "triton" if platform == "gpu" else "xla"
-        return f"kernels: attention {chosen.name}{why} | nf4 {own}" + (f" | experts {own}" if c.experts else "")
+        return f"kernels: attention {chosen.name}{why} | {base_in_use(self.model.decoder)}"
 
     def _options(self, policy: Any, source: BatchSource) -> LossOptions:
         vocab = self.model.decoder.config.vocab_size
@@ -235,7 +235,7 @@ class Loop:
 
     def _key(self, index: int) -> jax.Array | None:
         """Of the dropout in a step; nothing is compiled for it where there is none."""
-        if not self.model.peft_config["lora_dropout"]:
+        if not (self.model.peft_config or {}).get("lora_dropout"):
             return None
         return jax.random.fold_in(jax.random.key(self.args.seed), index)
 
@@ -246,7 +246,9 @@ class Loop:
         metrics, done = numbers.result()
         if not metrics["finite"]:
             self._fail(step, batch, metrics)
-        flops = useful_flops(self.model.decoder.config, batch, self._active_count)
+        flops = useful_flops(
+            self.model.decoder.config, batch, self._active_count, full_finetuning=self.model.full_finetuning
+        )
         window.add(metrics["loss"], batch, flops)
         if step % self.args.logging_steps == 0 or step == self.total_steps:
             reporter.step(

@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 
 from fastft_jax.errors import ConfigError, DataError, TrainingError
+from fastft_jax.quant.dense import is_quantised
+from fastft_jax.quant.int8 import Int8Array
 from fastft_jax.quant.nf4 import NF4Array
 from fastft_jax.trainers.compile_cache import use_compile_cache
 from fastft_jax.trainers.data import BatchSource, PreparedDataset, check_tokenizer, load_rows, prepare
@@ -19,14 +21,14 @@ from fastft_jax.trainers.loop import Loop, TrainOutput
 from fastft_jax.trainers.report import METRICS, Reporter
 from fastft_jax.trainers.sft_config import SFTConfig
 
-ADAPTER = "adapter_config.json"  # the sign of a finished run
+ADAPTER, MODEL = "adapter_config.json", "config.json"  # one of them is the sign of a finished run
 
 
 class SFTTrainer:
     """Trains a model's adapter by next-token cross-entropy on the trained tokens.
 
     Args (names as in TRL):
-        model: a FastLanguageModel that get_peft_model has given an adapter.
+        model: a FastLanguageModel that get_peft_model has given an adapter, or loaded with full_finetuning=True.
         processing_class: its tokenizer.
         train_dataset: a datasets.Dataset, a list of dicts, a path or hub id, or a PreparedDataset.
         eval_dataset: the same, for `evaluate` and eval_strategy.
@@ -94,7 +96,7 @@ class SFTTrainer:
     def train(
         self, resume_from_checkpoint: bool | str | None = None, run_info: dict[str, Any] | None = None
     ) -> TrainOutput:
-        """Train, and leave the adapter in args.output_dir.
+        """Train, and leave the adapter (the model, where all of it trains) in args.output_dir.
 
         resume_from_checkpoint: True for the newest complete checkpoint of output_dir, or a checkpoint's folder.
         run_info: what else to store in run.json (resolved options and their origins).
@@ -146,16 +148,15 @@ class SFTTrainer:
         }
 
     def save_model(self, output_dir: str | os.PathLike) -> None:
-        """Write the adapter, and the tokenizer with the chat template that was trained on."""
+        """Write the adapter or model, and the tokenizer with the chat template that was trained on."""
         self.model.save_pretrained(output_dir)
         if self.train_data.chat_template is not None:
             self.tokenizer.chat_template = self.train_data.chat_template
         try:
             self.tokenizer.save_pretrained(str(output_dir))
         except Exception as error:  # its Rust part raises a bare Exception for a full disk
-            raise TrainingError(
-                f"the adapter is in {output_dir}, but its tokenizer cannot be saved: {error}"
-            ) from error
+            what = "model" if self.model.full_finetuning else "adapter"
+            raise TrainingError(f"the {what} is in {output_dir}, but its tokenizer cannot be saved: {error}") from error
 
     def _prepare(self, dataset: Any) -> tuple[PreparedDataset, tuple[Any, str] | None]:
         if isinstance(dataset, PreparedDataset):
@@ -174,6 +175,9 @@ class SFTTrainer:
 
     def _claim_output_dir(self, resume: bool | str | None) -> None:
         check_output_dir(self.args, resume)
+        source = self.model.folder
+        if self.model.full_finetuning and source and Path(self.args.output_dir).resolve() == Path(source).resolve():
+            raise ConfigError(f"output_dir {source} is the folder that the model was loaded from: name another one")
         if not resume:
             self.loop.store.clear()
             (Path(self.args.output_dir) / METRICS).unlink(missing_ok=True)
@@ -216,13 +220,13 @@ def check_output_dir(args: SFTConfig, resume: bool | str | None) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; name a folder")
-    if (folder / "config.json").exists():
+    if (folder / MODEL).exists() and not (folder / METRICS).exists():
         raise ConfigError(f"output_dir {folder} holds a model (config.json); name another folder for the adapter")
     names = {p.name for p in folder.iterdir()}
     checkpoints = {name for name in names if name.startswith("checkpoint-")}
-    old = sorted(checkpoints | names & {METRICS, ADAPTER})
+    old = sorted(checkpoints | names & {METRICS, ADAPTER, MODEL})
     # A run that was killed before its first checkpoint may begin again; a finished one is not to be lost that way.
-    resumable = resume and (resume is not True or checkpoints or ADAPTER not in names)
+    resumable = resume and (resume is not True or checkpoints or not names & {ADAPTER, MODEL})
     if old and not resumable and not args.overwrite_output_dir:
         raise ConfigError(
             f"output_dir {folder} holds another run ({old[0]}); resume it with resume_from_checkpoint: true, "
@@ -235,8 +239,11 @@ def _one_line(text: str) -> str:
 
 
 def _storage(model: Any) -> dict[str, bool]:
-    leaves = jax.tree.leaves(nnx.state(model.decoder), is_leaf=lambda leaf: isinstance(leaf, NF4Array))
-    return {"load_in_4bit": any(isinstance(leaf, NF4Array) for leaf in leaves)}
+    """How the base is held, as far as it changes the maths; what is not so is left out (but for load_in_4bit)."""
+    leaves = jax.tree.leaves(nnx.state(model.decoder), is_leaf=is_quantised)
+    stored = {"load_in_4bit": any(isinstance(leaf, NF4Array) for leaf in leaves)}
+    stored |= {"load_in_8bit": True} if any(isinstance(leaf, Int8Array) for leaf in leaves) else {}
+    return stored | ({"full_finetuning": True} if model.full_finetuning else {})
 
 
 def _fingerprint(data: PreparedDataset) -> str:

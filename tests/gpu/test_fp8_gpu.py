@@ -140,7 +140,8 @@ def test_a_norm_gives_its_rows_in_8_bits_as_well(m, d, room):
     norm = dict(eps=1e-5, room=room, implementation="triton")
     y, y8, scale = jax.jit(lambda x, w: fp8.rms_norm_rows(x, w, **norm))(x, weight)
     plain = float64(jax.jit(lambda x, w: rms_norm(x, w, **norm))(x, weight))
-    np.testing.assert_allclose(float64(y), plain, rtol=2.0**-7)  # two kernels may sum in another order: an ulp
+    # two kernels may sum a row in another order: an ulp before the weight, another after it
+    np.testing.assert_allclose(float64(y), plain, rtol=2.0**-6)
     expected8, expected = jax.jit(lambda y: fp8.quantise_rows(y, columns=d, implementation="triton"))(y)
     np.testing.assert_allclose(scale, expected, rtol=1e-6)
     assert relative(y8, float64(expected8)) < 2e-3  # a GPU divides to 2 ulp, as above

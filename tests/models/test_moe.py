@@ -21,6 +21,9 @@ from fastft_jax.models.families.registry import config_from_hf
 from fastft_jax.models.layers import ExpertLinear
 from fastft_jax.models.moe import collect, sort_by_expert, spread
 from fastft_jax.models.router import load_balancing_loss, router_load
+from fastft_jax.quant import int8
+from fastft_jax.quant.grouped_lora import grouped_lora_linear
+from fastft_jax.quant.lora_linear import Projection
 from fastft_jax.trainers.flops import active_parameters, useful_flops
 from fastft_jax.trainers.step import LossOptions, gradients
 
@@ -163,6 +166,19 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
         w = theirs.model.layers[1].mlp.experts.gate_up_proj[expert, 96:].detach().contiguous()
         wanted = bnb.dequantize_4bit(*bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True))
         np.testing.assert_array_equal(ours[expert], wanted.numpy())
+
+
+def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mixtral):
+    folder, theirs = mixtral
+    weight = test_parity.load(folder, load_in_8bit=True).decoder.segments[0][0].mlp.experts.down_proj.weight.get_value()
+    w = jnp.asarray(theirs.model.layers[1].mlp.experts.down_proj[3].detach().numpy())
+    for ours, wanted in zip(*map(jax.tree.leaves, (weight.at(1), int8.quantize(w))), strict=True):
+        np.testing.assert_array_equal(ours[3], wanted)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 96)), jnp.float32)
+    got = grouped_lora_linear(x, jnp.array([0, 0, 0, 5]), [Projection(weight.at(1))], [1.0])
+    np.testing.assert_allclose(got, x @ int8.dequantize(int8.quantize(w), jnp.float32).T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="full_finetuning=True is not built yet for mixtures of experts"):
+        test_parity.load(folder, full_finetuning=True)
 
 
 def test_the_balancing_loss_and_its_gradient_are_transformers(tmp_path):

@@ -173,12 +173,12 @@ def test_memory_is_a_chunks_logits_and_not_all_of_them(train_weight):
 
 
 def test_default_chunk_is_a_power_of_two_whose_logits_fit():
-    assert default_chunk_size(128256) == 2048
-    assert default_chunk_size(32000) == 8192
+    assert default_chunk_size(128256) == 1024
+    assert default_chunk_size(32000) == 4096
     assert default_chunk_size(128256, 1 << 20) == 128
     for vocab in (1000, 50257, 151936, 262144):
         chunk = default_chunk_size(vocab)
-        assert chunk & (chunk - 1) == 0 and 4 * chunk * vocab <= 1 << 30 < 8 * chunk * vocab
+        assert chunk & (chunk - 1) == 0 and 4 * chunk * vocab <= 1 << 29 < 8 * chunk * vocab
 
 
 def test_wrong_arguments_are_named():

@@ -144,12 +144,16 @@ def test_the_weight_has_no_gradient_unless_it_is_trained():
 
 
 @BOTH
-def test_the_backward_function_adds_the_residual_cotangent_and_ignores_the_room(implementation):
-    x, weight, dy, residual = normal(0, 2, 3, 48), normal(1, 48), normal(2, 2, 3, 53), normal(3, 2, 3, 48)
+@pytest.mark.parametrize("m, d", SIZES)
+def test_the_backward_function_adds_the_residual_cotangent_reads_a_stack_and_ignores_the_room(m, d, implementation):
+    x, weight, dy, residual = normal(0, 1, m, d), normal(1, d), normal(2, 1, m, d + 5), normal(3, 1, m, d)
+    stack = jnp.stack([x + 1, x, x - 1])
     options = dict(eps=EPS, implementation=implementation)
-    dx = rms_norm_backward(dy, x, weight, d_residual=residual, **options)
-    _, vjp = jax.vjp(lambda x: rms_norm(x, weight, room=5, **options), x)
-    np.testing.assert_allclose(dx, vjp(jnp.asarray(dy))[0] + residual, atol=1e-6)
+    y, vjp = jax.vjp(lambda x: rms_norm(x, weight, room=5, **options), x)
+    for source, index in ((x, None), (stack, jnp.int32(1))):
+        dx, normed = rms_norm_backward(dy, source, weight, d_residual=residual, index=index, **options)
+        np.testing.assert_allclose(dx, vjp(jnp.asarray(dy))[0] + residual, atol=1e-5)
+        np.testing.assert_allclose(normed, y[..., :d], atol=1e-6)
 
 
 @pytest.mark.parametrize("case", RMS_NORM_CASES + LAYER_NORM_CASES, ids=lambda case: case.name)

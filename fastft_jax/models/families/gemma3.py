@@ -8,8 +8,9 @@ from fastft_jax.models.families.gemma2 import SANDWICH
 from fastft_jax.models.families.gemma3_text import config_from_hf
 from fastft_jax.models.families.names import NameTable
 
-__all__ = ["NAMES", "config_from_hf", "text_values"]
+__all__ = ["NAMES", "STANDALONE", "config_from_hf", "text_values"]
 
+STANDALONE = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}  # the decoder saved by itself
 _VISION = ("vision_tower.", "multi_modal_projector.")
 NAMES = NameTable(
     layer_prefix="model.language_model.layers.{}.",

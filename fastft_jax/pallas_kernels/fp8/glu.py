@@ -67,7 +67,10 @@ def rescale_glu_backward(
     if d_act.sums.shape != (gate_up.sums.shape[-2], gate_up.sums.shape[-1] // 2):
         raise ValueError(f"d_act {d_act.sums.shape} does not fit gate_up {gate_up.sums.shape}")
     ranks = _ranks(ranks, gate_up, gate_up, d_act)
-    return kernels.backward(*gate_up, *d_act, dtype=dtype, activation=activation, ranks=ranks, index=index)
+    options = dict(dtype=dtype, activation=activation, ranks=ranks, index=index)
+    if kernels is not glu_reference:
+        options["in_place"] = True
+    return kernels.backward(*gate_up, *d_act, **options)
 
 
 def _prepared(gate_up: Scaled, dtype, activation, index, implementation):

@@ -35,14 +35,23 @@ def _kernel(index_ref, *refs, tiles: Tiles, m: int, f: int, sizes, activation: s
         store(d_gate_up_ref[0], place, d[0] * act, f)
 
 
-def _call(name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, interpret) -> list[Array]:
-    """d_gate_up (where there is a d_act) and act."""
+def _call(
+    name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, interpret, in_place=False
+) -> list[Array]:
+    """d_gate_up (where there is a d_act) and act; in the places of gate_up's sums and of d_act's where they may be."""
     sums, *others = gate_up
     m, f = sums.shape[-2], sums.shape[-1] // 2
     operands = [jnp.asarray(0 if index is None else index, jnp.int32).reshape(1), sums.reshape(-1, 2 * f), *others]
     operands += d_act
     outs = [jax.ShapeDtypeStruct((m, 2 * f), dtype)] * bool(d_act) + [jax.ShapeDtypeStruct((m, f), dtype)]
     options = dict(m=m, f=f, activation=activation, ranks=ranks)
+    # A program has read its tiles before it writes them; asked for where nothing reads the operands afterwards.
+    aliases = {1: 0, 1 + len(gate_up): 1} if in_place else {}
+    aliases = {
+        i: o for i, o in aliases.items() if (operands[i].shape, operands[i].dtype) == (outs[o].shape, outs[o].dtype)
+    }
+    if index is not None:
+        aliases.pop(1, None)  # a stack of many layers' stays as it is
     return pallas.call(
         functools.partial(_kernel, tiles=tiles, sizes=(len(gate_up), len(d_act)), **options),
         name=f"fp8_{activation}_{name}",
@@ -50,6 +59,7 @@ def _call(name, gate_up, d_act, tiles: Tiles, dtype, activation, ranks, index, i
         in_specs=[whole(a) for a in operands],
         out_specs=[whole(a) for a in outs],
         out_shape=outs,
+        input_output_aliases=aliases,
         num_warps=tiles.num_warps,
         num_stages=1,
         interpret=interpret,
@@ -92,8 +102,9 @@ def backward(
     activation: str,
     ranks: tuple[tuple[int, int], ...],
     index: Int[Array, ""] | None = None,
+    in_place: bool = False,
     tiles: Tiles = BACKWARD,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "M 2F"], Float[Array, "M F"]]:
     gate_up, d_act = _present(sums, scale, h, b), _present(d_sums, d_scale, dh, d_b)
-    return tuple(_call("glu_backward", gate_up, d_act, tiles, dtype, activation, ranks, index, interpret))
+    return tuple(_call("glu_backward", gate_up, d_act, tiles, dtype, activation, ranks, index, interpret, in_place))

@@ -51,16 +51,18 @@ def glu_backward(
     """The cotangent of gate_up, and `glu(gate_up, room=room)` again, from one pass: for another op's backward.
 
     `d_gate = d_act * up * act'(gate)` and `d_up = d_act * act(gate)`, in float32 with one cast. Columns of d_act
-    beyond F are ignored; `index` as for `glu`. Raises ValueError as `glu` does.
+    beyond F are ignored; `index` as for `glu`. Results take the operands' places where nothing else reads
+    those. Raises ValueError as `glu` does.
     """
     implementation = _check(gate_up, activation, room, implementation)
     lead = gate_up.shape[:-1] if index is None else gate_up.shape[1:-1]
     if d_act.shape[:-1] != lead or d_act.shape[-1] < gate_up.shape[-1] // 2:
         raise ValueError(f"d_act {d_act.shape} does not fit gate_up {gate_up.shape}")
     gate_up, index = _in_place(gate_up, index, implementation)
-    return _kernels(implementation).backward(
-        gate_up, d_act, activation=activation, room=room, with_act=True, index=index
-    )
+    options = dict(activation=activation, room=room, with_act=True, index=index)
+    if implementation == "triton":
+        options["in_place"] = True
+    return _kernels(implementation).backward(gate_up, d_act, **options)
 
 
 def _in_place(gate_up, index, implementation) -> tuple[Array, Array | None]:

@@ -64,34 +64,44 @@ def _backward_kernel(
     d = pallas.load(d_ref, mask=inside, other=0.0).astype(jnp.float32)
     dtype = d_gate_up_ref.dtype
     act, slope = _act(gate, activation, dtype)
+    row, first = pallas.program_id(0) // blocks, pallas.program_id(0) % blocks * block
     for half, grad in enumerate((d * up * slope, d * act)):
-        pallas.store(d_gate_up_ref.at[pallas.ds(half, 1), :], grad.astype(dtype), mask=inside)
+        at = d_gate_up_ref.at[pallas.ds(row, 1), pallas.ds(half * f + first, block)]
+        pallas.store(at, grad.astype(dtype), mask=inside)
     if act_ref:
         pallas.store(act_ref[0], (act * up).astype(dtype), mask=columns < f + room)
 
 
-def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret):
-    """`outs` names the outputs: "pair" is [M, 2, F], "single" [M, F + room]; room counts where a single is written."""
+def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret, in_place=False):
+    """`outs` names the outputs: "pair" is [M, 2F], "single" [M, F + room]; room counts where a single is written.
+
+    `in_place`, a pair takes the place of gate_up, and a single that of `others`' if it is as wide: each element is read
+    by the program that writes it.
+    """
     f = gate_up.shape[-1] // 2
     m = math.prod(gate_up.shape[:-1]) if index is None else math.prod(gate_up.shape[1:-1])
     rows = gate_up.reshape(-1, 2 * f)
     block = min(BLOCK, power_of_two(f + room))
     blocks = pallas.cdiv(f + room, block)
     whole = lambda a: pallas.BlockSpec(a.shape, lambda i: (0,) * a.ndim)  # noqa: E731
-    pair = pallas.BlockSpec((None, 2, block), lambda i: (i // blocks, 0, i % blocks))
     single = pallas.BlockSpec((1, block), lambda i: (i // blocks, i % blocks))
-    shapes = {"pair": (m, 2, f), "single": (m, f + room)}
+    shapes = {name: jax.ShapeDtypeStruct((m, n), gate_up.dtype) for name, n in (("pair", 2 * f), ("single", f + room))}
+    others = [other.reshape(m, -1) for other in others]
+    aliases = {1: 0} if in_place and index is None else {}
+    if in_place and "single" in outs and (others[0].shape, others[0].dtype) == (shapes["single"].shape, gate_up.dtype):
+        aliases[2] = outs.index("single")
     index = jnp.asarray(0 if index is None else index, jnp.int32).reshape(1)
     return pallas.call(
         functools.partial(kernel, activation=activation, m=m, f=f, room=room, blocks=blocks, block=block),
         name=f"{activation}_{name}",
         grid=(m * blocks,),
         in_specs=[whole(index), whole(rows)] + [single] * len(others),
-        out_specs=[pair if out == "pair" else single for out in outs],
-        out_shape=[jax.ShapeDtypeStruct(shapes[out], gate_up.dtype) for out in outs],
+        out_specs=[whole(shapes["pair"]) if out == "pair" else single for out in outs],
+        out_shape=[shapes[out] for out in outs],
+        input_output_aliases=aliases,
         num_warps=max(1, block // 512),
         interpret=interpret,
-    )(index, rows, *(other.reshape(m, -1) for other in others))
+    )(index, rows, *others)
 
 
 def forward(
@@ -114,12 +124,14 @@ def backward(
     room: int = 0,
     with_act: bool = True,
     index: Int[Array, ""] | None = None,
+    in_place: bool = False,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "*B 2F"], Float[Array, "*B F+room"] | None]:
+    """`in_place` is for operands that nothing reads afterwards: XLA would copy them."""
     outs = ["pair"] + ["single"] * with_act
     room = room if with_act else 0
     d_gate_up, *act = _call(
-        _backward_kernel, "glu_backward", gate_up, index, [d_act], outs, activation, room, interpret
+        _backward_kernel, "glu_backward", gate_up, index, [d_act], outs, activation, room, interpret, in_place
     )
     lead = gate_up.shape[:-1] if index is None else gate_up.shape[1:-1]
     return d_gate_up.reshape(*lead, -1), act[0].reshape(*lead, -1) if with_act else None

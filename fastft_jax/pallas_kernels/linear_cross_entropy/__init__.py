@@ -16,10 +16,11 @@ Implementation = Literal["xla", "triton"]
 __all__ = ["IGNORE_INDEX", "Implementation", "default_chunk_size", "linear_cross_entropy"]
 
 
-def default_chunk_size(vocab_size: int, budget_bytes: int = 1 << 30) -> int:
+def default_chunk_size(vocab_size: int, budget_bytes: int = 1 << 29) -> int:
     """Tokens a chunk: the largest power of two, 128 at least, whose fp32 logits fit `budget_bytes`.
 
-    The compiled step needs about 1.5 times that in all: the fp32 logits and their gradient in bf16.
+    The compiled step needs about 1.5 times that in all: the fp32 logits and their gradient in bf16. Twice the budget
+    is no faster on an H200 (27.8 ms for 8192 tokens of an 8B model either way), half of it 7% slower.
     """
     return 1 << (max(128, budget_bytes // (4 * vocab_size)).bit_length() - 1)
 

@@ -4,7 +4,7 @@ import functools
 from typing import Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.rms_norm import reference
@@ -62,23 +62,32 @@ def add_rms_norm(
 
 def rms_norm_backward(
     dy: Float[Array, "*B D+room"],
-    x: Float[Array, "*B D"],
+    x: Float[Array, "*L_B D"],
     weight: Float[Array, "D"],
     *,
     eps: float,
     plus_one: bool = False,
     d_residual: Float[Array, "*B D"] | None = None,
+    index: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "*B D"]:
-    """The cotangent of x from dy, that of `rms_norm(x, weight, ...)`, for use inside another op's backward pass.
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """The cotangent of x from dy, that of `rms_norm(x, weight, ...)`, and that norm's result again, from one pass over
+    x: for use inside another op's backward pass.
 
     With n = x rstd and g = dy * weight: `rstd (g - n mean(g n)) + d_residual`, float32 throughout, one cast to x's
-    dtype; `d_residual` is what x receives from elsewhere. Columns of dy beyond D are ignored.
+    dtype; `d_residual` is what x receives from elsewhere. Columns of dy beyond D are ignored. With `index`, x is a
+    stack [L, ..., D], of which that one is read where it lies.
     """
+    lead = x.shape[:-1] if index is None else x.shape[1:-1]
     options = _options(x, weight, eps, plus_one, False, dy.shape[-1] - x.shape[-1], implementation)
-    if dy.shape[:-1] != x.shape[:-1] or (d_residual is not None and d_residual.shape != x.shape):
+    if dy.shape[:-1] != lead or (d_residual is not None and d_residual.shape != (*lead, x.shape[-1])):
         raise ValueError(f"cotangents do not fit x {x.shape}: dy {dy.shape}, d_residual {jax.typeof(d_residual)}")
-    return _backward(options, dy, x, weight, d_residual)[0]
+    more = dict(eps=eps, plus_one=plus_one, with_normed=True)
+    if options.implementation == "triton":
+        more["index"] = index
+    elif index is not None:  # XLA fuses a slice into what reads it
+        x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return _kernels(options).backward(dy, x, weight, d_residual, **more)
 
 
 class _Options(NamedTuple):

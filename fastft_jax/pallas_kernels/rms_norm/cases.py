@@ -38,6 +38,7 @@ def _cases(m: int, d: int):
     yield case("add_forward", "add_forward", (x, x, weight), **norm, room=0)
     yield case("add_forward_room", "add_forward", (x, x, weight), **norm, room=64)
     yield case("backward_residual", "backward", (x, x, weight, x), **frozen)
+    yield case("backward_residual_normed", "backward", (x, x, weight, x), **norm, with_normed=True)
     yield case("backward_residual_room", "backward", (wide, x, weight, x), **frozen)
     if d <= MAX_TRAINED_WIDTH:
         yield case("backward_weight", "backward", (x, x, weight, x), **norm, train_weight=True)

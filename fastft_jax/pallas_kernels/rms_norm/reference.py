@@ -39,9 +39,13 @@ def backward(
     *,
     eps: float,
     plus_one: bool,
-    train_weight: bool,
-) -> tuple[Float[Array, "*B D"], Float[Array, "D"] | None]:
-    """With n = x rstd and g = dy w: dx = rstd (g - n mean(g n)) [+ d_residual]; dw = sum over rows of dy n."""
+    train_weight: bool = False,
+    with_normed: bool = False,
+) -> tuple[Float[Array, "*B D"], Float[Array, "D"] | Float[Array, "*B D"] | None]:
+    """With n = x rstd and g = dy w: dx = rstd (g - n mean(g n)) [+ d_residual]; dw = sum over rows of dy n.
+
+    dx, and dw if `train_weight`, or the norm's result if `with_normed`.
+    """
     xf, dyf = x.astype(jnp.float32), dy[..., : x.shape[-1]].astype(jnp.float32)
     rstd = jax.lax.rsqrt(jnp.mean(xf * xf, axis=-1, keepdims=True) + eps)
     normed = xf * rstd
@@ -50,6 +54,8 @@ def backward(
     dx = rstd * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
     if d_residual is not None:
         dx = dx + d_residual.astype(jnp.float32)
+    if with_normed:
+        return dx.astype(x.dtype), forward(x, weight, eps=eps, plus_one=plus_one, room=0)
     dw = jnp.sum((dyf * normed).reshape(-1, x.shape[-1]), axis=0).astype(weight.dtype) if train_weight else None
     return dx.astype(x.dtype), dw
 

@@ -1,10 +1,11 @@
 """RMSNorm kernels: a program normalises whole rows in registers, so each array is read or written once."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.rms_norm.rows import STEPS, Rows, roomy, store_row
@@ -44,23 +45,35 @@ def _forward_kernel(*refs, tiles: Rows, eps: float, plus_one: bool, room: int) -
     store_row(out_ref, normalised(x, weight_ref, tiles, eps, plus_one), tiles, inside, room)
 
 
-def _backward_kernel(*refs, tiles: Rows, eps: float, plus_one: bool, residual: bool, train_weight: bool) -> None:
-    """refs: dy, x, weight[, d_residual], dx[, dw of this program's rows]."""
-    dy_ref, x_ref, weight_ref = refs[:3]
-    dx_ref = refs[3 + residual]
+def _backward_kernel(
+    *refs, tiles: Rows, eps: float, plus_one: bool, residual: bool, train_weight: bool, stacked: bool, with_normed: bool
+) -> None:
+    """refs: [index,] dy, x or a stack of it, weight[, d_residual], dx[, normed][, dw of this program's rows]."""
+    index_ref = refs[0]
+    dy_ref, x_ref, weight_ref, *others = refs[stacked:]
+    dx_ref = others[residual]
     first = tiles.first_row()
     scale = _scale(weight_ref, tiles, plus_one, x_ref.dtype)
 
     def one_tile(step, dw):
         rows, inside = tiles.tile(step, first)
         read = lambda ref: pallas.load(ref.at[rows, :], mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
-        x, dy = read(x_ref), read(dy_ref)
+        if stacked:
+            here = pallas.ds(index_ref[0] * tiles.m + first + step * tiles.rows, tiles.rows)
+            x = pallas.load(x_ref.at[here, pallas.ds(0, tiles.width)], mask=inside, other=0.0).astype(jnp.float32)
+        else:
+            x = read(x_ref)
+        dy = read(dy_ref)
         rstd = _rstd(x, tiles.d, eps)
         normed, g = x * rstd, dy * scale
         dx = rstd * (g - normed * (jnp.sum(g * normed, axis=1, keepdims=True) / tiles.d))
         if residual:
-            dx = dx + read(refs[3])
+            dx = dx + read(others[0])
         pallas.store(dx_ref.at[rows, :], dx.astype(dx_ref.dtype), mask=inside)
+        if with_normed:
+            ref = others[residual + 1]
+            quotient = normed if plus_one else normed.astype(ref.dtype).astype(jnp.float32)
+            pallas.store(ref.at[rows, :], (quotient * scale).astype(ref.dtype), mask=inside)
         return dw + dy * normed if train_weight else dw
 
     if train_weight:
@@ -118,20 +131,29 @@ def _forward(addends, weight, eps, plus_one, room, interpret) -> tuple[Array, ..
 
 def backward(
     dy: Float[Array, "*B D+room"],
-    x: Float[Array, "*B D"],
+    x: Float[Array, "*L_B D"],
     weight: Float[Array, "D"],
     d_residual: Float[Array, "*B D"] | None = None,
     *,
     eps: float,
     plus_one: bool = False,
     train_weight: bool = False,
+    index: Int[Array, ""] | None = None,
+    with_normed: bool = False,
     interpret: bool | None = None,
-) -> tuple[Float[Array, "*B D"], Float[Array, "D"] | None]:
-    """The weight gradient is summed in two steps, by 16 tiles of rows in a program and then by XLA: no atomics."""
-    d = x.shape[-1]
-    tiles = Rows(x.size // d, d, steps=STEPS if train_weight else 1)
+) -> tuple[Float[Array, "*B D"], Float[Array, "D"] | Float[Array, "*B D"] | None]:
+    """dx, and the gradient of the weight or `with_normed` the norm's result.
+
+    The weight gradient is summed in two steps, by 16 tiles of rows in a program and then by XLA: no atomics.
+    """
+    *lead, d = x.shape if index is None else x.shape[1:]
+    m, stacked = math.prod(lead), index is not None
+    tiles = Rows(m, d, steps=STEPS if train_weight else 1)
+    x = x.reshape(-1, d)
+    x_spec = pallas.BlockSpec(x.shape, lambda i: (0, 0)) if stacked else tiles.spec()
     residuals = [] if d_residual is None else [d_residual.reshape(-1, d)]
-    dx, *partial = pallas.call(
+    indices = [jnp.asarray(index, jnp.int32).reshape(1)] if stacked else []
+    dx, *more = pallas.call(
         functools.partial(
             _backward_kernel,
             tiles=tiles,
@@ -139,15 +161,21 @@ def backward(
             plus_one=plus_one,
             residual=d_residual is not None,
             train_weight=train_weight,
+            stacked=stacked,
+            with_normed=with_normed,
         ),
         name="rms_norm_backward_weight" if train_weight else "rms_norm_backward",
         grid=(tiles.programs,),
-        in_specs=[tiles.spec(), tiles.spec(), tiles.weight_spec()] + [tiles.spec()] * len(residuals),
-        out_specs=[tiles.spec()] + [tiles.partial_spec()] * train_weight,
-        out_shape=[jax.ShapeDtypeStruct((tiles.m, d), x.dtype)]
+        in_specs=[pallas.BlockSpec((1,), lambda i: (0,))] * stacked
+        + [tiles.spec(), x_spec, tiles.weight_spec()]
+        + [tiles.spec()] * len(residuals),
+        out_specs=[tiles.spec()] * (1 + with_normed) + [tiles.partial_spec()] * train_weight,
+        out_shape=[jax.ShapeDtypeStruct((m, d), x.dtype)] * (1 + with_normed)
         + [jax.ShapeDtypeStruct((tiles.programs, d), jnp.float32)] * train_weight,
         num_warps=tiles.num_warps,
         interpret=interpret,
-    )(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, d), weight, *residuals)
-    dw = jnp.sum(partial[0], axis=0).astype(weight.dtype) if train_weight else None
-    return dx.reshape(x.shape), dw
+    )(*indices, dy.reshape(m, -1), x, weight, *residuals)
+    dx = dx.reshape(*lead, d)
+    if with_normed:
+        return dx, more[0].reshape(*lead, d)
+    return dx, jnp.sum(more[0], axis=0).astype(weight.dtype) if train_weight else None

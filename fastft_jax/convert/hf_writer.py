@@ -1,0 +1,101 @@
+"""A decoder whose weights are all unquantised -> a Hugging Face folder that transformers loads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastft_jax.convert.atomic import sync_folder, write_bytes
+from fastft_jax.convert.hf import tensor_requests
+from fastft_jax.convert.safetensors import Checkpoint
+from fastft_jax.convert.safetensors_writer import write_sharded
+from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.families.names import NameTable
+from fastft_jax.models.families.registry import standalone
+from fastft_jax.models.full import weight_at
+
+_DRAFT = ".model.new"
+_COPIED = ("generation_config.json",)
+
+
+def write_model(
+    folder: Path | str,
+    decoder: Decoder,
+    hf_config: dict[str, Any],
+    *,
+    source: Path | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = True,
+) -> None:
+    """config.json and (sharded) safetensors in the decoder's dtype, under transformers' names; memory: one tensor.
+
+    `hf_config` is the config.json that the decoder was read from; a decoder out of a multimodal checkpoint is saved as
+    the text model that it is. `source` is the folder it was read from: its generation_config.json is copied, and
+    writing into it is refused. Everything is written under another name first, so a full disk loses nothing.
+    Raises ConfigError for the source folder, CheckpointError where it cannot be written, or exists (not `overwrite`).
+    """
+    folder = Path(folder).expanduser()
+    if source is not None and folder.resolve() == Path(source).resolve():
+        raise ConfigError(f"{folder} is the folder that the model was loaded from: save it in another one")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is not a folder: choose another one for the model")
+    if not overwrite and (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} already holds a model: choose another folder, or ask to overwrite it")
+    values, names = standalone(hf_config)
+    values = {k: v for k, v in values.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    values["torch_dtype"] = np.dtype(decoder.dtype).name
+    places = _places(decoder, names)
+    layout = {name: (np.dtype(decoder.dtype), shape) for name, (_, _, shape) in places.items()}
+
+    def read(name: str) -> np.ndarray:
+        path, layer, _ = places[name]
+        return np.asarray(weight_at(decoder, path, layer).astype(decoder.dtype))
+
+    draft = folder / _DRAFT
+    try:
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        draft.mkdir(parents=True)
+        write_sharded(draft, layout, read, max_shard_size)
+        for name in _COPIED:
+            if source is not None and (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, draft / name)
+        (folder / "config.json").unlink(missing_ok=True)  # from here to the end no reader takes the folder for a model
+        for old in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")]:
+            old.unlink()
+        for new in [p for p in draft.iterdir() if p.is_file()]:
+            new.rename(folder / new.name)
+        sync_folder(folder)
+        write_bytes(folder / "config.json", (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"the model could not be written to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def verify_model(folder: Path | str, decoder: Decoder, hf_config: dict[str, Any]) -> str:
+    """Read a folder of `write_model` back: every tensor must be the live one, rounded to its dtype, bit for bit.
+
+    Returns a line that says so; raises CheckpointError if not.
+    """
+    checkpoint = Checkpoint.open(Path(folder))
+    places = _places(decoder, standalone(hf_config)[1])
+    if checkpoint.missing(places) or checkpoint.unexpected(places):
+        raise CheckpointError(f"{folder} does not hold the tensors of this model")
+    for name, (path, layer, _) in places.items():
+        if not np.array_equal(checkpoint.read(name), np.asarray(weight_at(decoder, path, layer).astype(decoder.dtype))):
+            raise CheckpointError(f"{folder}: {name!r} is not what was trained")
+    return f"{len(places)} tensors of {folder} are equal to the bit"
+
+
+def _places(decoder: Decoder, names: NameTable) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """Hugging Face's name -> (our path, layer, shape), in layer order as transformers writes them."""
+    places = [
+        (request.path, layer, request.shape)
+        for request in tensor_requests(decoder.config)
+        for layer in (request.layers or (None,))
+    ]
+    order = lambda place: -1 if place[1] is None else place[1]  # noqa: E731
+    return {names.hf_name(path, layer): (path, layer, shape) for path, layer, shape in sorted(places, key=order)}
