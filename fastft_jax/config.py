@@ -182,7 +182,9 @@ def disagreements(config: RunConfig) -> list[str]:
         problems.append(
             f"data.max_length {training.max_length} is beyond model.max_seq_length {config.model.max_seq_length}"
         )
-    if training.embedding_learning_rate is not None and not config.lora.modules_to_save:
+    targets = config.lora.target_modules
+    ends = [t for t in ([targets] if isinstance(targets, str) else targets) if "embed_tokens" in t or "lm_head" in t]
+    if training.embedding_learning_rate is not None and not (config.lora.modules_to_save or ends):
         problems.append(
             "training.embedding_learning_rate has no effect without lora.modules_to_save: [embed_tokens, lm_head]"
         )

@@ -17,7 +17,7 @@ from fastft_jax.trainers.options import (
 
 _FROZEN_BASE = NotBuilt("the base is NF4 (load_in_4bit) or stays in dtype")
 _SERVING = NotBuilt("training does not go through a serving engine")
-_ADAPTERS = NotBuilt("the adapter is plain LoRA or rsLoRA, of one rank, on linear layers")
+_ADAPTERS = NotBuilt("the adapter is LoRA, rsLoRA or DoRA on linear layers and the embedding")
 
 
 class ModelSection(Options):
@@ -76,7 +76,7 @@ class LoraSection(Options):
         "seed": Elsewhere("random_state"),
         "gradient_checkpointing": Elsewhere("use_gradient_checkpointing"),
         "finetune_last_n_layers": Elsewhere("layers_to_transform"),
-        **dict.fromkeys(("use_dora", "target_parameters", "rank_pattern", "alpha_pattern", "lora_bias"), _ADAPTERS),
+        **dict.fromkeys(("target_parameters", "lora_bias"), _ADAPTERS),
         **dict.fromkeys(("exclude_modules", "layers_pattern", "layer_replication", "qat_scheme"), _ADAPTERS),
         **dict.fromkeys(("ensure_weight_tying", "trainable_token_indices"), _ADAPTERS),
         **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), NotBuilt("written into the adapter as is")),
@@ -86,7 +86,7 @@ class LoraSection(Options):
     r: AtLeastOne = 16
     """Rank."""
     target_modules: str | Texts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    """Linear layers to adapt: names, "all-linear", or a regular expression over module paths."""
+    """Linear layers, embed_tokens or lm_head to adapt: names, "all-linear", or a regular expression over paths."""
     lora_alpha: Annotated[int | float, Field(gt=0)] = 16
     """The adapter is scaled by lora_alpha / r (rsLoRA: lora_alpha / sqrt(r))."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -100,13 +100,21 @@ class LoraSection(Options):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), so that large ranks learn as fast as small ones."""
     modules_to_save: Texts | None = None
-    """Modules trained in full beside the adapter: embed_tokens, lm_head."""
+    """Modules trained in full beside the adapter: embed_tokens, lm_head, norms by name."""
     init_lora_weights: bool | str = True
-    """true: A uniform, B zero (the adapter starts as nothing); gaussian: A normal; false: both random."""
+    """true: A uniform, B zero (the adapter starts as nothing); gaussian: A normal; false: both random; pissa or
+    pissa_niter_4: the weight's largest part, saved as LoRA of twice the rank; loftq: what NF4 lost of the weight."""
     layers_to_transform: list[Annotated[int, BeforeValidator(whole)]] | int | None = None
     """Layers to adapt, counted from 0; null: all."""
     loftq_config: dict[str, Any] | None = None
-    """Not built yet: a value is refused."""
+    """{loftq_iter: 1}: start from the largest part of what NF4 lost of each weight, read from the 16-bit checkpoint;
+    more turns code the base anew for this adapter."""
+    use_dora: bool = False
+    """Train the length of each row of the adapted weights apart from its direction (DoRA); slower."""
+    rank_pattern: dict[str, int] | None = None
+    """Ranks of single modules: an expression for the end of the module's path, to a rank."""
+    alpha_pattern: dict[str, int | float] | None = None
+    """lora_alpha of single modules, in the same way."""
 
     @field_validator("use_gradient_checkpointing")
     @classmethod

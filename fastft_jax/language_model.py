@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fastft_jax.adapters import DEFAULT_NAME, Adapters
 from fastft_jax.convert import peft, peft_experts
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hf_writer import verify_model, write_model
 from fastft_jax.convert.hub import resolve_model
-from fastft_jax.convert.peft_names import PREFIX
 from fastft_jax.convert.tokenizer import load_tokenizer
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import generate, lora
@@ -26,13 +26,14 @@ from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import config_from_hf
 from fastft_jax.models.full import train_everything, trains_everything
+from fastft_jax.models.lora_starts import checked_init
 from fastft_jax.models.remat import Policy, resolve_policy
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class FastLanguageModel:
+class FastLanguageModel(Adapters):
     """A causal language model on the device: a frozen base and, once added, a LoRA adapter.
 
     Made by `from_pretrained`; the names of methods and arguments are those of Unsloth and PEFT.
@@ -48,14 +49,13 @@ class FastLanguageModel:
         max_seq_length: int,
         random_state: int = 3407,
     ):
+        super().__init__()
         self.decoder = decoder
         self.names = names
         self.hf_config = hf_config
         self.random_state = random_state
         self.name_or_path = name
         self.max_seq_length = max_seq_length
-        self.peft_config: dict[str, Any] | None = None
-        self.adapter_path: Path | None = None  # where a loaded adapter came from
         self.folder: Path | None = None  # where the base was read
         self.remat_policy: str | Policy = "auto"
 
@@ -161,10 +161,7 @@ class FastLanguageModel:
             model, tokenizer = cls.from_pretrained(base, revision=config.get("revision"), **options)
         except CheckpointError as error:
             raise CheckpointError(f"the base of adapter {folder} cannot be loaded: {error}") from error
-        config = peft_experts.plain_config(config, tensors, model._linear_paths())
-        model._attach(config, options["random_state"], init=True)
-        model._take_tensors(folder, tensors)
-        model.adapter_path = folder
+        model._add(DEFAULT_NAME, config, tensors, folder)
         own = load_tokenizer(folder, warn=False)
         return model, tokenizer if own is None else own
 
@@ -183,19 +180,21 @@ class FastLanguageModel:
         init_lora_weights: bool | str = True,
         layers_to_transform: Sequence[int] | int | None = None,
         loftq_config: dict | None = None,
+        use_dora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
     ) -> "FastLanguageModel":
         """Add a LoRA adapter to the model, in place, and return it. Arguments as in PEFT's LoraConfig.
 
         The default of target_modules means every linear layer, also where a family gives them other names (Phi).
+        rank_pattern and alpha_pattern give modules ranks and alphas of their own: expressions for the ends of paths.
         """
         if model.full_finetuning:
             raise ConfigError("full_finetuning=True trains every weight: there is nothing for an adapter to add")
-        if model.peft_config is not None:
+        if model.adapter_names:
             raise ConfigError("this model has an adapter already; load the base again to start another")
-        if loftq_config:
-            raise NotImplementedError("loftq_config is not built yet")
-        if init_lora_weights not in lora.INITIALISATIONS:
-            raise NotImplementedError(f"init_lora_weights={init_lora_weights!r} is not built yet")
+        init = checked_init(init_lora_weights, loftq_config)
+        own_base = init == "loftq" and (loftq_config or {}).get("loftq_iter", 1) > 1
         if not (isinstance(r, int) and r >= 1):
             raise ConfigError(f"r={r!r} must be a whole number of at least 1")
         if not 0.0 <= lora_dropout < 1.0:
@@ -209,7 +208,7 @@ class FastLanguageModel:
             target_modules = peft.ALL_LINEAR
         if not isinstance(target_modules, str):
             target_modules = [model.names.leaf(target) for target in target_modules]
-        peft.require_targets(target_modules, paths)
+        peft.require_targets(target_modules, [*paths, model._embedding_path])
         if target_modules == "all-linear":
             target_modules = peft.condense_targets(peft.match_targets("all-linear", paths), paths)
         config = peft.adapter_config(
@@ -221,75 +220,23 @@ class FastLanguageModel:
             modules_to_save=list(modules_to_save) if modules_to_save else None,
             use_rslora=use_rslora,
             layers_to_transform=[layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform,
-            init_lora_weights=init_lora_weights,
+            # One turn of LoftQ leaves the base as it is, so its pair is plain LoRA: a config that says more would make
+            # PEFT start anew
+            init_lora_weights=True if init == "loftq" and not own_base else init,
+            loftq_config={"loftq_bits": 4, **loftq_config} if own_base else None,
+            use_dora=use_dora,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
             base_model_name_or_path=model.name_or_path,
         )
-        peft_experts.check_expert_targets(model._matched(config), paths, lora_dropout)
-        model._attach(config, random_state, init=init_lora_weights)
+        adapted = model._matched(config)
+        peft_experts.check_expert_targets(adapted, paths, lora_dropout)
+        peft.check_pattern(config["rank_pattern"], "rank_pattern", adapted)
+        peft.check_pattern(config["alpha_pattern"], "alpha_pattern", adapted)
+        model._attach(config, random_state, init=init)
+        model.active_adapter = DEFAULT_NAME
         model.remat_policy = policy
         return model
-
-    def _linear_paths(self) -> list[str]:
-        """Hugging Face's paths of every linear module, the head among them."""
-        head = self.names.hf_name("lm_head.weight").removesuffix(".weight")
-        return [*(site.hf_path for site in lora.sites(self.decoder, self.names)), head]
-
-    def _matched(self, config: dict[str, Any]) -> list[str]:
-        """The linear modules that an adapter with this config adapts."""
-        return peft.match_targets(
-            config["target_modules"],
-            self._linear_paths(),
-            config["layers_to_transform"],
-            config["layers_pattern"],
-            config["exclude_modules"],
-            config["modules_to_save"],
-        )
-
-    def _attach(self, config: dict[str, Any], seed: int, init: bool | str) -> None:
-        found = peft.unsupported(config, ())
-        if found:
-            raise NotImplementedError(f"the adapter asks for {', '.join(found)}, which is not built yet")
-        all_sites = list(lora.sites(self.decoder, self.names))
-        matched = self._matched(config)
-        if matched[-1] == self._linear_paths()[-1]:
-            raise NotImplementedError("LoRA on lm_head is not built yet; modules_to_save=['lm_head'] trains it whole")
-        chosen = set(matched)
-        lora.add_lora(
-            self.decoder,
-            [site for site in all_sites if site.hf_path in chosen],
-            r=config["r"],
-            scaling=lora.lora_scaling(config["r"], config["lora_alpha"], config["use_rslora"]),
-            dropout=config["lora_dropout"],
-            init=init,
-            seed=seed,
-        )
-        if config["bias"] != "none":
-            lora.train_biases(self.decoder, config["bias"])
-        lora.save_modules(self.decoder, config["modules_to_save"] or ())
-        self.peft_config = config
-
-    def _take_tensors(self, folder: Path, tensors: dict[str, np.ndarray]) -> None:
-        ours = {self._peft_name(name): name for name in lora.trainable_tensors(self.decoder, self.names)}
-        missing, unexpected = sorted(ours.keys() - tensors.keys()), sorted(tensors.keys() - ours.keys())
-        if missing or unexpected:
-            what = f"lacks {missing[0]!r}" if missing else f"holds {unexpected[0]!r}, which nothing here takes"
-            raise CheckpointError(f"adapter {folder} {what} ({len(missing)} missing, {len(unexpected)} unexpected)")
-        mine = lora.trainable_tensors(self.decoder, self.names)
-        for name, path in ours.items():
-            if tensors[name].shape != mine[path].shape:
-                raise CheckpointError(
-                    f"adapter {folder}: {name!r} has shape {list(tensors[name].shape)}, "
-                    f"the base model wants {list(mine[path].shape)}"
-                )
-        lora.set_trainable_tensors(self.decoder, self.names, {path: tensors[name] for name, path in ours.items()})
-
-    def _peft_name(self, name: str) -> str:
-        """PEFT's tensor name for one of ours."""
-        if not name.endswith(".bias"):
-            return f"{PREFIX}{name}"
-        module = name.removesuffix(".bias")
-        adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted}
-        return peft.bias_name(module, adapted=module in adapted)
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = True) -> None:
         """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors, atomically.
@@ -300,14 +247,9 @@ class FastLanguageModel:
             return write_model(folder, self.decoder, self.hf_config, source=self.folder, overwrite=overwrite)
         if self.peft_config is None:
             raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
-        tensors = lora.trainable_tensors(self.decoder, self.names)
         adapted = [site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted]
-        peft.write_adapter(
-            Path(folder),
-            peft_experts.written_config(self.peft_config, adapted, self._linear_paths()),
-            {self._peft_name(name): np.asarray(value) for name, value in tensors.items()},
-            overwrite=overwrite,
-        )
+        config = peft_experts.written_config(self._saved_config(), adapted, self._linear_paths())
+        peft.write_adapter(Path(folder), config, self._saved_tensors(), overwrite=overwrite)
 
     @property
     def full_finetuning(self) -> bool:
@@ -322,7 +264,7 @@ class FastLanguageModel:
         """
         self.remat_policy = resolve_policy(lora_options["use_gradient_checkpointing"])
         if lora_options["loftq_config"]:
-            raise NotImplementedError("loftq_config is not built yet")
+            raise ConfigError("lora.loftq_config starts a new adapter, and this one is trained on")
         peft_experts.check_expert_targets(
             self._matched(self.peft_config), self._linear_paths(), self.peft_config["lora_dropout"]
         )
@@ -335,37 +277,22 @@ class FastLanguageModel:
                 wanted = [self.names.leaf(target) for target in wanted]
             if key == "layers_to_transform" and isinstance(wanted, int):
                 wanted = [wanted]
+            if key.endswith("_pattern"):
+                wanted = wanted or {}
             if (set(wanted) if isinstance(wanted, list) else wanted) != (set(has) if isinstance(has, list) else has):
                 raise ConfigError(
                     f"lora.{key}={lora_options[key]!r}, but the adapter {self.adapter_path} was made with {has!r}"
                 )
 
     def verify_adapter(self, folder: str | Path) -> str:
-        """Read an adapter folder back, attach it to the base anew, and compare with the live model; says so in a line.
+        """Read back what `save_pretrained` wrote and compare with the live model; says so in a line.
 
-        Every tensor must be equal to the bit, and so must the logits of a fixed row. Raises CheckpointError if not.
-        After full fine-tuning the folder is a model, and its tensors are compared.
+        An adapter is attached to the base anew: every tensor must be equal to the bit, and so must the logits of a
+        fixed row. After full fine-tuning the folder is a model, and its tensors are compared. CheckpointError if not.
         """
         if self.full_finetuning:
             return verify_model(folder, self.decoder, self.hf_config)
-        config, tensors = peft.read_adapter(folder)
-        config = peft_experts.plain_config(config, tensors, self._linear_paths())
-        mine = lora.trainable_tensors(self.decoder, self.names)
-        for name, value in mine.items():
-            stored = tensors.get(self._peft_name(name))
-            if stored is None or not np.array_equal(stored, np.asarray(value)):
-                raise CheckpointError(f"{folder}: {self._peft_name(name)!r} is not what was trained")
-        clone = FastLanguageModel(
-            nnx.clone(self.decoder), self.names, self.hf_config, name=self.name_or_path, max_seq_length=1
-        )
-        lora.forget_adapters(clone.decoder)
-        clone._attach(config, seed=0, init=True)
-        clone._take_tensors(Path(folder), tensors)
-        row = np.arange(16)[None] % self.decoder.config.vocab_size
-        difference = float(jnp.abs(clone(row) - self(row)).max())
-        if difference != 0.0:
-            raise CheckpointError(f"{folder}: logits differ by {difference:.3g} from the live model's")
-        return f"{len(mine)} tensors of {folder} are equal to the bit, max |logit difference| {difference:.1f}"
+        return super().verify_adapter(folder)
 
     def __call__(
         self,
@@ -402,6 +329,7 @@ class FastLanguageModel:
     def num_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a quantised weight counts as the matrix it stands for."""
         trainable = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.decoder, nnx.Param)))
+        trainable -= lora.padding(self.decoder)
         return trainable, trainable + sum(_logical_sizes(self.decoder))
 
     def print_trainable_parameters(self) -> None:
@@ -418,8 +346,13 @@ def _logits(definition, state, ids, positions, segment_ids):
 
 
 def _logical_sizes(decoder: Decoder) -> Iterable[int]:
+    counted = set()  # a tied head that is adapted shares the embedding's array
     for _, variable in nnx.to_flat_state(nnx.state(decoder, nnx.Not(nnx.Param))):
         value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        array = jax.tree.leaves(value)[0]  # the decoder holds it, so its id is its own; `value` may be a passing copy
+        if id(array) in counted:
+            continue
+        counted.add(id(array))
         if dataclasses.is_dataclass(value):
             yield int(np.prod((*value.codes.shape[:-2], *value.shape)))
         else:

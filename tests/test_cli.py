@@ -127,7 +127,7 @@ def test_a_complete_run_and_going_on_from_its_adapter(finished, cli, tmp_path):
         ("lora.lora_alpha=99", ["lora.lora_alpha=99", "made with 16"]),
         ("lora.target_modules=all-linear", ["lora.target_modules='all-linear'", "'q_proj', 'v_proj'"]),
         ("lora.use_rslora=true", ["lora.use_rslora=True"]),
-        ("lora.loftq_config={bits: 4}", ["loftq_config is not built yet"]),
+        ("lora.loftq_config={loftq_iter: 1}", ["loftq_config starts a new adapter"]),
     ):
         ran = cli("--config", path, f"model.model_name={out}", f"training.output_dir={tmp_path / 'other'}", override)
         assert ran.code == 2 and len(ran.err.splitlines()) == 1, ran.err

@@ -132,7 +132,7 @@ def test_what_cannot_be_meant_is_refused_by_name(folders):
         (dict(bias="some"), "bias"),
         (dict(target_modules=["q_prj"]), "q_proj"),
         (dict(target_modules=["q_proj", "v_prj"]), "v_prj"),
-        (dict(modules_to_save=["norm"]), "norm"),
+        (dict(modules_to_save=["o_proj"]), "o_proj"),
         (dict(use_gradient_checkpointing="sometimes"), "use_gradient_checkpointing"),
         (dict(layers_to_transform=[7]), "layers_to_transform"),
     ]:

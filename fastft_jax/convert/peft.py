@@ -13,23 +13,26 @@ import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder, sync_folder, write_bytes
 from fastft_jax.convert.peft_experts import is_per_expert
-from fastft_jax.convert.peft_names import TensorName, bias_name, lora_names, parse_name, saved_name
+from fastft_jax.convert.peft_names import TensorName, bias_name, current_names, lora_names, parse_name, saved_name
 from fastft_jax.convert.peft_targets import (
     ALL_LINEAR,
+    check_pattern,
     condense_targets,
     match_saved_modules,
     match_targets,
     require_targets,
+    value_of,
 )
 from fastft_jax.convert.safetensors import SafetensorsFile, write_safetensors
 from fastft_jax.convert.safetensors_header import parse_json_object
-from fastft_jax.errors import CheckpointError
+from fastft_jax.errors import CheckpointError, ConfigError
 
 __all__ = [
     "ALL_LINEAR",
     "TensorName",
     "adapter_config",
     "bias_name",
+    "check_pattern",
     "condense_targets",
     "lora_names",
     "match_saved_modules",
@@ -39,6 +42,7 @@ __all__ = [
     "require_targets",
     "saved_name",
     "unsupported",
+    "value_of",
     "write_adapter",
 ]
 
@@ -92,13 +96,14 @@ _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("bias", "lora_alpha", "lora_dropout", "modules_to_save", "r", "task_type", "use_rslora", "init_lora_weights"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
+    *("alpha_pattern", "rank_pattern", "use_dora"),
     *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora they do nothing
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # these matter through init_lora_weights
 }
 # PEFT draws A and B so and leaves the base alone. The other kinds (pissa, olora, corda, loftq ...) rewrite the base
 # weights each time the adapter is loaded.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-_SAVEABLE = ("embed_tokens", "lm_head")
+_SAVEABLE = ("embed_tokens", "lm_head", "norm")
 
 
 def adapter_config(
@@ -115,6 +120,10 @@ def adapter_config(
     layers_pattern: str | Collection[str] | None = None,
     exclude_modules: str | Collection[str] | None = None,
     init_lora_weights: bool | str = True,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_dora: bool = False,
+    loftq_config: Mapping[str, int] | None = None,
     revision: str | None = None,
     task_type: str | None = "CAUSAL_LM",
 ) -> dict[str, Any]:
@@ -131,22 +140,23 @@ def adapter_config(
         return value if value is None or isinstance(value, str | int) else list(value)
 
     return _DEFAULTS | {
-        "alpha_pattern": {},
+        "alpha_pattern": dict(alpha_pattern or {}),
         "base_model_name_or_path": base_model_name_or_path,
         "bias": bias,
         "exclude_modules": names(exclude_modules),
         "init_lora_weights": init_lora_weights,
         "layers_pattern": listed(layers_pattern),
         "layers_to_transform": listed(layers_to_transform),
-        "loftq_config": {},
+        "loftq_config": dict(loftq_config or {}),
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
         "modules_to_save": listed(modules_to_save),
         "r": r,
-        "rank_pattern": {},
+        "rank_pattern": dict(rank_pattern or {}),
         "revision": revision,
         "target_modules": names(target_modules),
         "task_type": task_type,
+        "use_dora": use_dora,
         "use_rslora": use_rslora,
     }
 
@@ -205,12 +215,10 @@ def _card(config: Mapping[str, Any]) -> str:
 
 
 def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config with all 41 keys, tensors by their full names in the file).
+    """(config with all 41 keys, tensors by the names that PEFT gives them today).
 
     CheckpointError for a folder that is no adapter, is damaged, contradicts itself, or holds pickled tensors;
-    NotImplementedError naming every feature that changes what the adapter computes and is not built. Ranks and alphas
-    by pattern, and target_parameters that are experts one by one, come back in the config: whoever attaches the adapter
-    (through peft_experts.plain_config) asks `unsupported`, which lists them too.
+    NotImplementedError naming every feature that changes what the adapter computes and is not built.
     """
     folder = Path(folder).expanduser()
     config = _read_config(folder)
@@ -224,33 +232,33 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
             )
         raise CheckpointError(f"{folder} has no {TENSORS}: the adapter is incomplete")
     file = SafetensorsFile(folder / TENSORS)
+    try:
+        names = current_names(file.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
     missing_features = [
         feature
-        for feature in unsupported(config, file.tensors)
-        if not feature.startswith(("rank_pattern", "alpha_pattern"))
-        and not (feature.startswith("target_parameters") and is_per_expert(config, file.tensors))
+        for feature in unsupported(config, names)
+        if not (feature.startswith("target_parameters") and is_per_expert(config, names))
     ]
     if missing_features:
         raise NotImplementedError(f"{folder}: the adapter uses {', '.join(missing_features)}; that is not supported")
-    _check_tensors(file, config)
-    return config, {name: file.read(name) for name in file.tensors}
+    _check_tensors(file, names, config)
+    return config, {name: file.read(stored) for name, stored in names.items()}
 
 
 def unsupported(config: Mapping[str, Any], tensors: Collection[str]) -> list[str]:
     """What changes the adapter's maths and is not built yet, one entry a feature; empty means that nothing does."""
     found = [f"{key}={config[key]!r}" for key in sorted(config) if key not in _HARMLESS and config[key]]
-    init = config.get("init_lora_weights")
-    if init not in _PLAIN_INITS:
+    init, kinds = config.get("init_lora_weights"), {p.kind for name in tensors if (p := parse_name(name))}
+    if init not in _PLAIN_INITS and not (init == "loftq" and "loftq_start_A" in kinds):
         found.append(
             f"init_lora_weights={init!r} (it changes the base weights; PEFT converts such an adapter with "
             f"save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
     for module in config.get("modules_to_save") or ():
-        if module.rpartition(".")[2] not in _SAVEABLE:
-            found.append(f"modules_to_save={module!r} (only {' and '.join(_SAVEABLE)} can be trained in full)")
-    kinds = {parsed.kind for name in tensors if (parsed := parse_name(name))}
-    if kinds & {"lora_embedding_A", "lora_embedding_B"}:
-        found.append("LoRA on the embedding (lora_embedding_A)")
+        if not module.endswith(_SAVEABLE):
+            found.append(f"modules_to_save={module!r} (only embed_tokens, lm_head and norms can be trained in full)")
     for kind, key in (
         ("lora_magnitude_vector", "use_dora"),
         ("lora_B.bias", "lora_bias"),
@@ -281,30 +289,46 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / CONFIG}: r must be a positive integer, got {rank!r}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise CheckpointError(f"{folder / CONFIG}: lora_alpha must be a number, got {alpha!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        try:
+            check_pattern(config[key] or {}, key)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     if config["bias"] not in ("none", "all", "lora_only"):
         raise CheckpointError(f"{folder / CONFIG}: bias must be none, all or lora_only, got {config['bias']!r}")
     return config
 
 
-def _check_tensors(file: SafetensorsFile, config: Mapping[str, Any]) -> None:
-    """Every name is PEFT's, every A has its B of the same rank, and the rank is the config's where no pattern rules."""
+def _check_tensors(file: SafetensorsFile, names: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Every name is PEFT's, every A has its B of the same rank, and that rank is the one that the config gives it."""
     if not file.tensors:
         raise CheckpointError(f"{file.path} holds no tensors")
     shapes = {}
-    for name, info in file.tensors.items():
+    for name, stored in names.items():
         parsed = parse_name(name)
         if parsed is None:
-            raise CheckpointError(f"{file.path}: {name!r} is not a name that PEFT gives to a tensor of an adapter")
-        shapes[parsed] = info.shape
+            raise CheckpointError(f"{file.path}: {stored!r} is not a name that PEFT gives to a tensor of an adapter")
+        shapes[parsed] = file.tensors[stored].shape
     for module, kind in shapes:
-        if kind not in ("lora_A.weight", "lora_B.weight"):
+        if not kind.startswith(("lora_A", "lora_B.weight", "lora_embedding_")):
             continue
-        a, b = shapes.get(TensorName(module, "lora_A.weight")), shapes.get(TensorName(module, "lora_B.weight"))
+        first, second = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if "embedding" in kind
+            else (
+                "lora_A.weight",
+                "lora_B.weight",
+            )
+        )
+        a, b = shapes.get(TensorName(module, first)), shapes.get(TensorName(module, second))
         if a is None or b is None:
-            raise CheckpointError(f"{file.path}: {module} has lora_{'B' if a is None else 'A'} alone")
+            there = (second if a is None else first).removesuffix(".weight")
+            raise CheckpointError(f"{file.path}: {module} has {there} alone")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
             raise CheckpointError(
                 f"{file.path}: {module} has lora_A {list(a)} and lora_B {list(b)}, not [r, in], [out, r]"
             )
-        if a[0] != config["r"] and not config["rank_pattern"]:
-            raise CheckpointError(f"{file.path}: {module} has rank {a[0]}, the config says r={config['r']}")
+        rank = value_of(config["rank_pattern"], module, config["r"])
+        if a[0] != rank:
+            by = "its rank_pattern says" if rank != config["r"] else "the config says"
+            raise CheckpointError(f"{file.path}: {module} has rank {a[0]}, {by} r={rank}")

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastft_jax.convert.peft_names import parse_name
-from fastft_jax.convert.peft_targets import condense_targets
+from fastft_jax.convert.peft_targets import condense_targets, value_of
 from fastft_jax.errors import ConfigError
 
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
@@ -62,6 +62,22 @@ def check_expert_targets(adapted: Collection[str], module_paths: Collection[str]
                 f"target_modules: {count} of the {all_counts[layer, leaf]} experts of {layer.rstrip('.')} would have "
                 f"LoRA on {leaf}: name all of a layer's experts or none"
             )
+
+
+def require_plain(config: Mapping[str, Any], adapted: Collection[str], from_weights: bool) -> None:
+    """NotImplementedError for adapters of experts that are more than LoRA of one rank."""
+    experts = [path for path in adapted if _EXPERT.fullmatch(path)]
+    if not experts:
+        return
+    own = [
+        f"{key} for {path}"
+        for key, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
+        for path in (experts if config[key] else ())
+        if value_of(config[key], path, default) != default
+    ]
+    found = ["use_dora=True"] * bool(config["use_dora"]) + ["PiSSA or LoftQ"] * from_weights + own
+    if found:
+        raise NotImplementedError(f"{found[0]} is not built yet for experts: leave them out of target_modules")
 
 
 def written_config(config: Mapping[str, Any], adapted: Collection[str], module_paths: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,16 @@
     .weight                                            a module trained in full (modules_to_save)
     .bias   .base_layer.bias                           a trained bias, of a module without and with LoRA
     .base_layer.weight                                 the base's own weight beside LoRA on the embedding or the head
+    .lora_embedding_A [R, V]   .lora_embedding_B [D, R]  LoRA on the embedding
+    .lora_magnitude_vector [out]                       DoRA's
+    .loftq_start_A, .loftq_start_B                     ours alone: what the base of a LoftQ adapter was coded less
 """
 
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from fastft_jax.errors import CheckpointError
 
 PREFIX = "base_model.model."
 
@@ -23,6 +30,7 @@ class TensorName(NamedTuple):
 _KINDS = (  # longest first: "x.base_layer.weight" also ends with ".weight"
     *("lora_A.weight", "lora_B.weight", "base_layer.weight", "base_layer.bias"),
     *("lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    *("loftq_start_A", "loftq_start_B"),
     *("token_adapter.trainable_tokens_delta", "weight", "bias"),
 )
 
@@ -53,3 +61,38 @@ def parse_name(name: str) -> TensorName | None:
             if len(module) + len(kind) + 1 == len(name) - len(PREFIX):
                 return TensorName(module, kind)
     return None
+
+
+_LORA = r"(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+
+
+def current_names(stored: Iterable[str]) -> dict[str, str]:
+    """Today's name of each tensor -> the name it is stored by; names that are current already are themselves.
+
+    Other spellings that files on the hub have: an adapter's name inside (`lora_A.default.weight`), the wrappers of
+    modules_to_save (`lm_head.modules_to_save.default.weight`; the `original_module` beside it is the base's and left
+    out), a magnitude's `.weight`, no prefix, and the weight and bias of an adapted module from before it was called
+    `base_layer`. CheckpointError where two spellings of one tensor meet.
+    """
+    stored = list(stored)
+    adapted = {match[1] for name in stored if (match := re.match(rf"(.*)\.{_LORA}(\.|$)", _prefixed(name)))}
+    found: dict[str, str] = {}
+    for name in stored:
+        new = re.sub(r"\.modules_to_save(\.[^.]+)?\.(weight|bias)$", r".\2", _prefixed(name))
+        if new.endswith((".original_module.weight", ".original_module.bias")):
+            continue
+        new = re.sub(rf"\.{_LORA}\.[^.]+\.(weight|bias)$", r".\1.\2", new)
+        new = re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", new)
+        new = re.sub(r"\.lora_magnitude_vector(\.[^.]+)*$", ".lora_magnitude_vector", new)
+        module, _, kind = new.rpartition(".")
+        if module in adapted and kind in ("weight", "bias"):
+            new = f"{module}.base_layer.{kind}"
+        if new in found:
+            raise CheckpointError(f"{found[new]!r} and {name!r} are two spellings of one tensor of the adapter")
+        found[new] = name
+    return found
+
+
+def _prefixed(name: str) -> str:
+    bare = re.match(rf"(model\..*|lm_head)\.{_LORA}", name) is not None
+    return PREFIX + name if bare else name

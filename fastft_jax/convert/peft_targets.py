@@ -6,7 +6,8 @@ tested against it.
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from fastft_jax.errors import ConfigError
 
@@ -100,6 +101,29 @@ def match_saved_modules(modules_to_save: Iterable[str], module_paths: Sequence[s
             raise ConfigError(f"modules_to_save: no module is called {entry!r}{_hint([entry], module_paths)}")
         found += hits
     return [path for path in module_paths if path in set(found)]
+
+
+def value_of(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """A module's rank or alpha: that of the first key that, as an expression, is the end of its path from a dot on."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def check_pattern(pattern: Mapping[str, Any], option: str, module_paths: Sequence[str] | None = None) -> None:
+    """ConfigError for a rank_pattern or alpha_pattern with a key that is no expression, or that matches none of
+    `module_paths` (if given), or with a value that is no rank (a whole number from 1) or no alpha (a positive one)."""
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(f"{option} must map module names to numbers, got {pattern!r}")
+    for key, value in pattern.items():
+        kind = int if option == "rank_pattern" else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+            what = "a whole number of at least 1" if kind is int else "a positive number"
+            raise ConfigError(f"{option}[{key!r}] must be {what}, got {value!r}")
+        try:
+            expression = re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise ConfigError(f"{option}: {key!r} is not a regular expression ({error})") from error
+        if module_paths is not None and not any(map(expression.match, module_paths)):
+            raise ConfigError(f"{option}: {key!r} matches none of the adapted modules{_hint([key], module_paths)}")
 
 
 def _fullmatch(expression: str, path: str, option: str) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.attention import Attention, KVCache, Sequence
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import Embedding, ExpertLinear, LayerNorm, Linear, RMSNorm, make_norm
+from fastft_jax.models.layers import Embedding, ExpertLinear, LayerNorm, Linear, RMSNorm, drop, make_norm
 from fastft_jax.models.mlp import GatedMLP, PlainMLP
 from fastft_jax.models.moe import MixtureOfExperts
 from fastft_jax.models.remat import LAYER_INPUT, Policy
@@ -22,6 +22,7 @@ from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.rope import rope_tables
 from fastft_jax.models.stack import run_layers
 from fastft_jax.quant.dense import is_quantised
+from fastft_jax.quant.lora_linear import contract
 
 # path inside a layer or the decoder, its shape, the layers to stack (None: not in a layer) -> array or quantised array
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
@@ -255,19 +256,41 @@ class Decoder(nnx.Module):
     def head_variable(self) -> nnx.Variable:
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
 
+    @property
+    def trains_head(self) -> bool:
+        """Does a gradient flow into the head's matrix, or into the LoRA pair beside it?"""
+        return isinstance(self.head_variable(), nnx.Param) or self._head_adapter is not None
+
+    @property
+    def _head_adapter(self) -> Linear | None:
+        return self.lm_head if self.lm_head is not None and self.lm_head.adapted else None
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of every position given."""
         weight = self.head_weight().astype(hidden.dtype)
         logits = jnp.einsum("BTD,VD->BTV", hidden, weight, preferred_element_type=jnp.float32)
+        if (head := self._head_adapter) is not None:
+            h = contract(hidden, head.lora_A.get_value().astype(hidden.dtype), 2, 1, hidden.dtype)
+            logits = logits + contract(h, head_columns(head, hidden.dtype), 2, 1, jnp.float32)
         if self.config.head_bias:
             logits = logits + self.lm_head.bias.get_value().astype(jnp.float32)
         scale, cap = self.config.logit_scale, self.config.final_softcap
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def head_product(self, hidden: Float[Array, "M D"]) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
-        """Two factors whose product is the logits before scale and cap; a head's bias is a column more."""
+    def head_product(
+        self, hidden: Float[Array, "M D"], dropout_key: Array | None = None
+    ) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
+        """Two factors whose product is the logits before scale and cap; a head's bias is a column more, and the columns
+        of a LoRA pair on it come next: its gradient is rounded to the head's dtype once."""
         weight = self.head_weight()
+        if (head := self._head_adapter) is not None:
+            dropped = hidden if dropout_key is None else drop(hidden, head.dropout, dropout_key)
+            h = contract(dropped, head.lora_A.get_value().astype(hidden.dtype), 1, 1, hidden.dtype)
+            columns = head_columns(head, weight.dtype)
+            more = ((0, 0), (0, -h.shape[1] % HEAD_BIAS_COLUMNS))
+            hidden = jnp.concatenate([hidden, jnp.pad(h, more)], axis=1)
+            weight = jnp.concatenate([weight, jnp.pad(columns, more)], axis=1)
         if not self.config.head_bias:
             return hidden, weight
         more = ((0, 0), (0, HEAD_BIAS_COLUMNS))
@@ -291,6 +314,11 @@ class Decoder(nnx.Module):
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x, tuple(rope_tables(rope, self.config.head_dim, positions) for rope in self.config.ropes)
+
+
+def head_columns(head: Linear, dtype) -> Float[Array, "V R"]:
+    """scaling * B, in `dtype`."""
+    return (head.lora_B.get_value() * head.scaling).astype(dtype)
 
 
 class _Stack(NamedTuple):

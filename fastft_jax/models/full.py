@@ -23,8 +23,8 @@ def train_everything(decoder: Decoder) -> None:
 
 
 def trains_everything(decoder: Decoder) -> bool:
-    """Whether `train_everything` was called: only then do the norms train."""
-    return isinstance(decoder.norm.weight, nnx.Param)
+    """Whether `train_everything` was called: only then do the layers' linears train themselves."""
+    return isinstance(decoder.segments[0][0].self_attn.o_proj.weight, nnx.Param)
 
 
 def weight_at(decoder: Decoder, path: str, layer: int | None) -> Float[Array, "..."]:

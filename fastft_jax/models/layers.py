@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.dora import column_factor
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.glu import Activation, glu
 from fastft_jax.pallas_kernels.layer_norm import layer_norm
@@ -21,7 +22,7 @@ from fastft_jax.quant import fp8
 from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.grouped_lora import grouped_lora_linear
-from fastft_jax.quant.lora_linear import Projection, lora_linear
+from fastft_jax.quant.lora_linear import Projection, contract, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
 from fastft_jax.quant.trained_linear import trained_linear
 
@@ -35,6 +36,11 @@ class Linear(nnx.Module):
 
     weight [L, N, K]; bias [L, N]; lora_A [r, R, K] and lora_B [r, N, R], where r rows of the stack are adapted:
     `adapted_rows` names them, None for all. `trained_bias` replaces the bias of those rows.
+    Where layers differ, `ranks` and `scaling` are tuples of r values: R is the largest rank, and the rows of A and
+    columns of B beyond a layer's own are zero and stay so, since the gradient of either is a product with the other.
+    `magnitude` m [r, N] makes it DoRA: everything but the bias times m / ||W + scaling B A||, row by row (`dora.py`).
+    `start_A`, `start_B` [as A and B]: a frozen pair that is subtracted, for adapters that start from W itself (PiSSA).
+    `requantised` says that `weight` was coded anew for this adapter (LoftQ).
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
@@ -43,7 +49,11 @@ class Linear(nnx.Module):
         # nnx.data(None): attributes that may hold a variable later
         self.bias = nnx.data(None if bias is None else Frozen(bias))
         self.lora_A, self.lora_B, self.trained_bias = nnx.data(None), nnx.data(None), nnx.data(None)
-        self.scaling, self.dropout = 1.0, 0.0
+        self.magnitude, self.start_A, self.start_B = nnx.data(None), nnx.data(None), nnx.data(None)
+        self.row_scaling, self.has_magnitude = nnx.data(None), nnx.data(None)  # made by `expand`
+        self.dropout, self.requantised = 0.0, False
+        self.scaling: float | tuple[float, ...] = 1.0
+        self.ranks: tuple[int, ...] | None = None
         self.adapted_rows: tuple[int, ...] | None = None
         self.trained_bias_rows: tuple[int, ...] | None = None
 
@@ -53,10 +63,15 @@ class Linear(nnx.Module):
 
     def expand(self, rows: int) -> None:
         """Give every layer of the stack its own slice: zeros where a layer has no adapter, so scan sees one shape."""
+        if isinstance(self.scaling, tuple):
+            self.row_scaling, self.scaling = Frozen(jnp.array(self.scaling, jnp.float32)), 1.0
         if self.adapted and self.adapted_rows is not None:
-            self.lora_A, self.lora_B = (
-                nnx.LoRAParam(_scatter(leaf[...], self.adapted_rows, rows)) for leaf in (self.lora_A, self.lora_B)
-            )
+            for name in ("lora_A", "lora_B", "magnitude", "start_A", "start_B", "row_scaling"):
+                leaf = getattr(self, name)
+                if leaf is not None:
+                    setattr(self, name, type(leaf)(_scatter(leaf[...], self.adapted_rows, rows)))
+            if self.magnitude is not None:
+                self.has_magnitude = Frozen(jnp.zeros(rows, bool).at[jnp.array(self.adapted_rows)].set(True))
         if self.trained_bias is not None:
             trained = self.trained_bias[...]
             if self.trained_bias_rows is not None:
@@ -95,11 +110,13 @@ def project(
     dropped = None
     if _drops(linears, dropout_keys):
         dropped = [
-            _drop(x, m.dropout, key) if _drops((m,), (key,)) else None
+            drop(x, m.dropout, key) if _drops((m,), (key,)) else None
             for m, key in zip(linears, dropout_keys, strict=True)
         ]
+        if any(m.magnitude is not None for m in linears):
+            return _with_biases(_through_dropped(linears, x, dropped, keep), linears)
     y = lora_linear(x, [_projection(m) for m in linears], [m.scaling for m in linears], dropped, keep)
-    return _with_biases(y, linears)
+    return _finished(y, linears)
 
 
 def project_normed(
@@ -114,12 +131,12 @@ def project_normed(
     Without a norm the linears read x itself. Only RMSNorm is one op with its linears, while they are frozen.
     """
     x, stack, index = slot
-    if not isinstance(norm, RMSNorm) or _drops(linears, dropout_keys) or _trained(linears):
+    if not isinstance(norm, RMSNorm) or norm.trained or _drops(linears, dropout_keys) or _trained(linears):
         return project(linears, x if norm is None else norm(x), keep, dropout_keys), x
     projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
     normed = Norm(norm.eps, norm.plus_one)
     y, x = norm_linear(x, norm.weight.get_value(), normed, projections, scalings, keep, stack=stack, index=index)
-    return _with_biases(y, linears), x
+    return _finished(y, linears), x
 
 
 def project_glu(
@@ -132,13 +149,13 @@ def project_glu(
     y = glu_linear(
         value, _projection(linear), linear.scaling, activation=activation, stack=stack, index=index, keep=keep
     )
-    return _with_biases(y, (linear,))
+    return _finished(y, (linear,))
 
 
 def runs_in_fp8(linears: Sequence[Linear], x: Float[Array, "B T K"], dropout_keys: Sequence[Array | None]) -> bool:
-    """Whether `project_fp8_mlp` computes what these linears do: in fp8, without biases and without dropout."""
+    """Whether `project_fp8_mlp` computes what these linears do: in fp8, without biases, dropout and magnitudes."""
     weights = [m.weight.get_value() for m in linears]
-    plain = all(m.bias is None for m in linears) and not _drops(linears, dropout_keys)
+    plain = all(m.bias is None and m.magnitude is None for m in linears) and not _drops(linears, dropout_keys)
     return plain and fp8.takes(x.size // x.shape[-1], weights)
 
 
@@ -153,8 +170,50 @@ def project_fp8_mlp(
 
 
 def _projection(linear: Linear) -> Projection:
-    pair = (linear.lora_A.get_value(), linear.lora_B.get_value()) if linear.adapted else ()
-    return Projection(linear.weight.get_value(), *pair)
+    if not linear.adapted:
+        return Projection(linear.weight.get_value())
+    a, b = linear.lora_A.get_value(), linear.lora_B.get_value()
+    if linear.start_A is not None:
+        a = jnp.concatenate([a, linear.start_A.get_value()])
+        b = jnp.concatenate([b, -linear.start_B.get_value()], axis=1)
+    if linear.row_scaling is not None:
+        b = b * linear.row_scaling.get_value()
+    return Projection(linear.weight.get_value(), a, b)
+
+
+def _through_dropped(
+    linears: Sequence[Linear], x: Float[Array, "B T K"], dropped: Sequence[Array | None], keep: Keep
+) -> Float[Array, "B T N"]:
+    """As PEFT's DoRA has it, whose base product reads the dropped input d as the adapter does, with the factor c of
+    `column_factor`: W (x - d) + c (W d + scaling B A d)."""
+    out = []
+    for m, d in zip(linears, dropped, strict=True):
+        if m.magnitude is None or d is None:
+            y = lora_linear(x, [_projection(m)], [m.scaling], None if d is None else [d], keep)
+            out.append(_scaled((m,), y))
+        else:
+            y = _scaled((m,), lora_linear(d, [_projection(m)], [m.scaling], None, keep))
+            out.append(y + lora_linear(x - d, [Projection(m.weight.get_value())], [1.0], None, keep))
+    return jnp.concatenate(out, axis=-1)
+
+
+def _scaled(linears: Sequence[Linear], y: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+    """y with DoRA's magnitudes in place of the weights' own, where there are some."""
+    if all(m.magnitude is None for m in linears):
+        return y
+    factors = []
+    for m in linears:
+        weight, a, b = _projection(m)
+        if m.magnitude is None:
+            factors.append(jnp.ones(weight.shape[0], jnp.float32))
+            continue
+        factor = column_factor(weight, a, b * m.scaling, m.magnitude.get_value())
+        factors.append(factor if m.has_magnitude is None else jnp.where(m.has_magnitude.get_value(), factor, 1.0))
+    return (y * jnp.concatenate(factors)).astype(y.dtype)
+
+
+def _finished(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Array, "B T N"]:
+    return _with_biases(_scaled(linears, y), linears)
 
 
 def _with_biases(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Array, "B T N"]:
@@ -178,7 +237,8 @@ def _trained(linears: Sequence[Linear]) -> bool:
     return any(isinstance(m.weight, nnx.Param) for m in linears)
 
 
-def _drop(x: Float[Array, "B T K"], rate: float, key: Array) -> Float[Array, "B T K"]:
+def drop(x: Float[Array, "*B K"], rate: float, key: Array) -> Float[Array, "*B K"]:
+    """Dropout: zeros at `rate`, the rest scaled up."""
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
@@ -190,12 +250,12 @@ class RMSNorm(nnx.Module):
         self.weight = Frozen(weight)
         self.eps, self.plus_one = eps, plus_one
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.weight.get_value(), eps=self.eps, plus_one=self.plus_one, train_weight=self.trained)
-
     @property
     def trained(self) -> bool:
         return isinstance(self.weight, nnx.Param)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.weight.get_value(), eps=self.eps, plus_one=self.plus_one, train_weight=self.trained)
 
 
 class LayerNorm(nnx.Module):
@@ -206,11 +266,13 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.data(None if bias is None else Frozen(bias))
         self.eps = eps
 
+    @property
+    def trained(self) -> bool:
+        return isinstance(self.weight, nnx.Param)
+
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         bias = None if self.bias is None else self.bias.get_value()
-        return layer_norm(
-            x, self.weight.get_value(), bias, eps=self.eps, train_weight=isinstance(self.weight, nnx.Param)
-        )
+        return layer_norm(x, self.weight.get_value(), bias, eps=self.eps, train_weight=self.trained)
 
 
 def make_norm(config: DecoderConfig, load, path: str, width: int) -> RMSNorm | LayerNorm:
@@ -223,13 +285,23 @@ def make_norm(config: DecoderConfig, load, path: str, width: int) -> RMSNorm | L
 
 
 class Embedding(nnx.Module):
-    """`weight[ids]`; weight [V, D]."""
+    """`weight[ids] + scaling * (B A)^T[ids]`; weight [V, D], A float32 [R, V] and B float32 [D, R] where adapted."""
 
     def __init__(self, weight):
         self.weight = Frozen(weight)
+        self.lora_embedding_A, self.lora_embedding_B = nnx.data(None), nnx.data(None)
+        self.scaling = 1.0
+
+    @property
+    def adapted(self) -> bool:
+        return self.lora_embedding_A is not None
 
     def __call__(self, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        return self.weight.get_value()[ids].astype(dtype)
+        x = self.weight.get_value()[ids].astype(dtype)
+        if not self.adapted:
+            return x
+        a, b = self.lora_embedding_A.get_value(), self.lora_embedding_B.get_value()
+        return x + (contract(a.T[ids], b, 2, 1, jnp.float32) * self.scaling).astype(dtype)
 
 
 def _scatter(leaf: Float[Array, "r ..."], rows: tuple[int, ...], count: int) -> Float[Array, "L ..."]:

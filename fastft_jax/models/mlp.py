@@ -35,7 +35,7 @@ class GatedMLP(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """The output, and x for the residual connection."""
         drop = (None,) * 3 if keys is None else keys
-        if isinstance(norm, RMSNorm) and not self.fused:
+        if isinstance(norm, RMSNorm) and not norm.trained and not self.fused:
             linears = (self.gate_proj, self.up_proj, self.down_proj)
             if runs_in_fp8(linears, x.value, drop):
                 return project_fp8_mlp(norm, linears, x, keep, self.activation)

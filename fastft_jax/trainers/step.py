@@ -54,12 +54,12 @@ def _losses(
         policy=options.policy,
         dropout_key=dropout_key,
     )
-    train_weight = isinstance(decoder.head_variable(), nnx.Param)
+    head_key = None if dropout_key is None else jax.random.fold_in(dropout_key, decoder.config.num_hidden_layers)
     losses = linear_cross_entropy(
-        *decoder.head_product(hidden.reshape(-1, hidden.shape[-1])),
+        *decoder.head_product(hidden.reshape(-1, hidden.shape[-1]), head_key),
         batch["labels"].reshape(-1),
         chunk_size=options.chunk_size,
-        train_weight=train_weight,
+        train_weight=decoder.trains_head,
         with_accuracy=with_accuracy,
         softcap=decoder.config.final_softcap,
         logit_scale=decoder.config.logit_scale,

@@ -11,15 +11,11 @@ import pytest
 import safetensors.numpy
 
 from fastft_jax.convert import peft as ours
+from fastft_jax.convert.peft_names import current_names
 from fastft_jax.convert.safetensors import SafetensorsFile, write_safetensors
 from fastft_jax.errors import CheckpointError, ConfigError
 
-FIXTURES = "all7 basic bf16 layers_1_3 modules_to_save patterns rslora".split()
-NOT_BUILT = {
-    "dora": "use_dora=True",
-    "embed_lora": "LoRA on the embedding",
-    "norms_saved": "modules_to_save='input_layernorm'",
-}
+FIXTURES = "all7 basic bf16 dora embed_lora layers_1_3 modules_to_save norms_saved patterns rslora".split()
 
 
 def tiny_qwen2():
@@ -57,19 +53,7 @@ def test_an_adapter_written_by_peft_is_read_and_written_again_byte_for_byte(shar
     assert sorted(os.listdir(tmp_path / "new")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_an_adapter_with_a_feature_that_is_not_built_is_refused_by_name(shared_data, name):
-    with pytest.raises(NotImplementedError, match=re.escape(NOT_BUILT[name])):
-        ours.read_adapter(shared_data / "peft" / name)
-
-
-def test_patterns_are_read_and_stated_as_unsupported(shared_data):
-    config, tensors = ours.read_adapter(shared_data / "peft" / "patterns")
-    assert [entry.partition("=")[0] for entry in ours.unsupported(config, tensors)] == ["alpha_pattern", "rank_pattern"]
-    assert config["alpha_pattern"] == {"down_proj": 32}
-
-
-@pytest.mark.parametrize("name", [name for name in FIXTURES if name != "patterns"])
+@pytest.mark.parametrize("name", FIXTURES)
 def test_nothing_is_unsupported_in_an_ordinary_adapter(shared_data, name):
     assert ours.unsupported(*ours.read_adapter(shared_data / "peft" / name)) == []
 
@@ -83,6 +67,14 @@ OPTIONS = [
     dict(r=4, lora_alpha=8, target_modules=r".*\.q_proj", exclude_modules=["model.layers.0.self_attn.q_proj"]),
     dict(r=4, lora_alpha=8, target_modules=["k_proj"], exclude_modules=".*0.*", init_lora_weights="gaussian"),
     dict(r=4, lora_alpha=8, target_modules=["o_proj"], init_lora_weights=False, task_type=None),
+    dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["o_proj"],
+        rank_pattern={"o_proj": 2},
+        alpha_pattern={"1.x": 3},
+        use_dora=True,
+    ),
 ]
 
 
@@ -188,6 +180,31 @@ def test_names_parse_back_to_module_and_kind():
     assert ours.parse_name("base_model.model.x.running_mean") is None
 
 
+def test_older_spellings_are_read_as_what_they_are_called_today(tmp_path):
+    """An adapter's name inside, wrappers of modules_to_save, a base weight from before `base_layer`, no prefix."""
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    today = {
+        f"{layer}.lora_A.weight": f"{layer}.lora_A.default.weight",
+        f"{layer}.lora_B.weight": f"{layer}.lora_B.default.weight",
+        f"{layer}.lora_magnitude_vector": f"{layer}.lora_magnitude_vector.default.weight",
+        f"{layer}.base_layer.bias": f"{layer}.bias",
+        "base_model.model.lm_head.weight": "base_model.model.lm_head.modules_to_save.default.weight",
+        "base_model.model.model.norm.weight": "base_model.model.model.norm.modules_to_save.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_A": "model.embed_tokens.lora_embedding_A.default",
+        "base_model.model.model.embed_tokens.lora_embedding_B": "model.embed_tokens.lora_embedding_B.default",
+        "base_model.model.model.embed_tokens.base_layer.weight": "base_model.model.model.embed_tokens.weight",
+    }
+    left_out = ["base_model.model.lm_head.original_module.weight"]
+    assert current_names([*today.values(), *left_out]) == today
+    assert current_names(today) == {name: name for name in today}
+    folder = tmp_path / "adapter"
+    ours.write_adapter(folder, *small_adapter())
+    _, tensors = small_adapter()
+    old = {name.replace("lora_A", "lora_A.default"): value for name, value in tensors.items()}
+    write_safetensors(folder / "adapter_model.safetensors", old)
+    assert ours.read_adapter(folder)[1].keys() == tensors.keys()
+
+
 # --- what cannot be read -------------------------------------------------------------------------------------------
 
 
@@ -260,7 +277,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.lora_B.weight": np.zeros((16, 3), "f")}), r"lora_A \[4, 16\] and lora_B \[16, 3\]"),
         (lambda t: t.update({f"{Q}.lora_A.weight": np.zeros((4, 0), "f")}), r"lora_A \[4, 0\]"),
         (lambda t: t.update({f"{Q}.lora_A.weight": np.zeros(4, "f")}), r"lora_A \[4\]"),
-        (lambda t: t.update({f"{Q}.lora_A.default.weight": np.zeros(4, "f"), "x": np.zeros(1)}), "'x' is not a name"),
+        (lambda t: t.update({"x": np.zeros(1)}), "'x' is not a name"),
+        (lambda t: t.update({f"{Q}.lora_A.default.weight": np.zeros(4, "f")}), "two spellings of one tensor"),
         (lambda t: t.clear(), "holds no tensors"),
     ],
 )
@@ -271,17 +289,20 @@ def test_tensors_that_contradict_each_other_are_refused(adapter, change, word):
     refused(adapter, word)
 
 
-def test_a_rank_other_than_the_configs_is_refused_unless_a_pattern_may_explain_it(adapter):
+def test_a_rank_other_than_the_configs_is_refused_unless_a_pattern_explains_it(adapter):
     set_config(adapter, r=8)
     refused(adapter, "q_proj has rank 4, the config says r=8")
-    set_config(adapter, rank_pattern={"q_proj": 4})
+    set_config(adapter, rank_pattern={"q_proj": 2})
+    refused(adapter, "q_proj has rank 4, its rank_pattern says r=2")
+    set_config(adapter, rank_pattern={"(": 2})
+    refused(adapter, "is not a regular expression")
+    set_config(adapter, rank_pattern={"self_attn.q_proj": 4})
     assert ours.read_adapter(adapter)[0]["r"] == 8
 
 
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
@@ -298,13 +319,13 @@ def test_a_rank_other_than_the_configs_is_refused_unless_a_pattern_may_explain_i
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
-        ("modules_to_save", ["norm"]),
+        ("modules_to_save", ["score"]),
         ("key_of_a_later_peft", "on"),
     ],
 )
 def test_every_key_that_changes_the_maths_is_refused_by_name(adapter, key, value):
     set_config(adapter, **{key: value})
-    shown = "'norm'" if key == "modules_to_save" else repr(value)
+    shown = "'score'" if key == "modules_to_save" else repr(value)
     with pytest.raises(NotImplementedError, match=re.escape(f"{key}={shown}")):
         ours.read_adapter(adapter)
 

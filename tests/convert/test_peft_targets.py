@@ -165,3 +165,21 @@ def test_all_linear_is_written_as_leaf_names_like_peft_does_for_a_model_of_many_
     assert ours.condense_targets(matched, paths) == sorted(wrapped.peft_config["default"].target_modules)
     some = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert ours.condense_targets(some, paths) == sorted(some)  # leaf names would select all layers
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"q_proj": 2},
+        {"^model.layers.1.self_attn.q_proj": 6, "down_proj": 2},
+        {"layers.1": 3, "1.mlp.down_proj": 4},
+        {r"layers\.(0|1)\..*_proj": 5, "q_proj": 9},
+        {"proj": 2, r".*\.mlp\..*": 7},
+    ],
+)
+def test_a_module_s_rank_by_pattern_is_peft_s(pattern):
+    from peft.utils.other import get_pattern_key
+
+    for path in (f"model.layers.{i}.{m}" for i in (0, 1, 11) for m in ("self_attn.q_proj", "mlp.down_proj")):
+        assert ours.value_of(pattern, path, 8) == pattern.get(get_pattern_key(pattern.keys(), path), 8)
+    assert ours.value_of(None, "model.layers.0.self_attn.q_proj", 8) == 8

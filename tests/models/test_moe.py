@@ -270,11 +270,14 @@ def test_an_adapter_on_some_layers_and_with_rslora_goes_to_peft(mixtral, tmp_pat
         (dict(lora_dropout=0.1), "lora_dropout=0.1 does not go with LoRA on experts"),
         (dict(target_modules=r".*experts\.[01]\.w."), "2 of the 4 experts of model.layers.0"),
         (dict(target_modules=["q_proj", "shared_expert_gate"]), "no module is called shared_expert_gate"),
+        (dict(use_dora=True), "use_dora=True is not built yet for experts"),
+        (dict(init_lora_weights="pissa"), "PiSSA or LoftQ is not built yet for experts"),
+        (dict(rank_pattern={"w2": 2}), "rank_pattern for model.layers.0.*w2 is not built yet for experts"),
     ],
 )
 def test_adapters_that_no_reader_could_hold_are_refused(mixtral, options, said):
     model = test_parity.load(mixtral[0])
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, NotImplementedError), match=said):
         FastLanguageModel.get_peft_model(model, **options)
     assert not any(linear.adapted for _, linear in lora.layer_linears(model.decoder.segments[0][0]))
 

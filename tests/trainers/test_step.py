@@ -200,13 +200,13 @@ def test_dropout_differs_by_step_by_micro_batch_and_repeats_for_a_key(dropping, 
 def test_dropout_differs_by_layer_and_by_linear(dropping, monkeypatch):
     """The masks are drawn from one key for each linear of each layer, all different."""
     seen = []
-    original = layers._drop
+    original = layers.drop
 
     def spy(x, rate, key):
         jax.debug.callback(lambda k: seen.append(tuple(np.asarray(k).ravel())), jax.random.key_data(key))
         return original(x, rate, key)
 
-    monkeypatch.setattr(layers, "_drop", spy)
+    monkeypatch.setattr(layers, "drop", spy)
     ids = np.zeros((1, 8), np.int32)
     jax.block_until_ready(dropping.decoder.hidden_states(ids, dropout_key=jax.random.key(3)))
     jax.effects_barrier()
