@@ -1,5 +1,6 @@
 """The sections of a run's YAML file beside `training` (which is `SFTConfig`): model, lora, data, export."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -12,6 +13,7 @@ from fastft_jax.trainers.options import (
     Options,
     PathText,
     Texts,
+    listed,
     whole,
 )
 
@@ -169,12 +171,57 @@ class DataSection(Options):
 
 
 class ExportSection(Options):
-    """What is written when training ends: the adapter, in output_dir."""
+    """What is written when training ends, beside the adapter in output_dir."""
 
-    known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = dict.fromkeys(
-        ("save_method", "merged", "gguf", "quantization_method", "push_to_hub"),
-        NotBuilt("the adapter folder is the one export; peft's merge_and_unload merges it"),
-    )
+    known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = {
+        **dict.fromkeys(("save_method", "merged", "formats", "kinds"), Elsewhere("to: [merged_16bit]")),
+        "push_to_hub": NotBuilt("it is done from Python, with model.push_to_hub"),
+        **dict.fromkeys(("gguf", "quantization_method"), NotBuilt("GGUF is not written yet")),
+    }
 
+    to: Texts = []
+    """Further exports: peft, merged_16bit, merged_4bit."""
+    out: PathText | None = None
+    """Their folder, in which each gets one of its own; null: output_dir/export."""
+    base: PathText | None = None
+    """What merges are made onto: null, the weights trained against; original, the 16-bit ones; or a folder of these."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of merged weights that are not in 4 bits; null: the base's own 16-bit dtype, else bfloat16."""
+    max_shard_size: Annotated[str | int, Field(union_mode="left_to_right")] = "5GB"
+    """Largest file of a merged checkpoint."""
+    overwrite: bool = False
+    """Replace export folders that are there already."""
     verify: bool = True
-    """Read the adapter back and compare it with the model, byte for byte."""
+    """Read everything back and compare it with the model: the adapter byte for byte, merged models by their logits."""
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _kinds(cls, value: Any) -> Any:
+        from fastft_jax.export import parse_kinds
+
+        value = [value] if isinstance(value, str) else listed(value)
+        return parse_kinds(value) if isinstance(value, list) else value
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        from fastft_jax.convert.safetensors_writer import parse_size
+
+        parse_size(value)
+        return value
+
+    def folder(self, output_dir: str) -> Path:
+        return Path(self.out) if self.out else Path(output_dir) / "export"
+
+    def check_targets(self, output_dir: str) -> None:
+        """ConfigError where an export folder holds something already."""
+        from fastft_jax.export import check_targets
+
+        check_targets(self.to, self.folder(output_dir), self.overwrite)
+
+    def settings(self, rows: Any, token: str | None) -> Any:
+        """As `fastft_jax.export.export` takes them; rows: token ids to compare merged models on."""
+        from fastft_jax.export import Settings
+
+        chosen = {key: getattr(self, key) for key in ("base", "dtype", "max_shard_size", "overwrite", "verify")}
+        return Settings(**chosen, rows=rows, token=token)

@@ -18,7 +18,10 @@ from fastft_jax.convert import peft, peft_experts
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hf_writer import verify_model, write_model
 from fastft_jax.convert.hub import resolve_model
+from fastft_jax.convert.save_adapter import save_adapter
+from fastft_jax.convert.save_merged import save_merged
 from fastft_jax.convert.tokenizer import load_tokenizer
+from fastft_jax.convert.upload import push_to_hub
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import generate, lora
 from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dtype
@@ -55,8 +58,8 @@ class FastLanguageModel(Adapters):
         self.hf_config = hf_config
         self.random_state = random_state
         self.name_or_path = name
+        self.base_folder = Path(name)  # where the base's files are on this disk
         self.max_seq_length = max_seq_length
-        self.folder: Path | None = None  # where the base was read
         self.remat_policy: str | Policy = "auto"
 
     @classmethod
@@ -144,7 +147,7 @@ class FastLanguageModel(Adapters):
             max_seq_length=max_seq_length,
             random_state=random_state,
         )
-        model.folder = folder
+        model.base_folder = folder
         return model, load_tokenizer(folder)
 
     @classmethod
@@ -244,7 +247,7 @@ class FastLanguageModel(Adapters):
         After full fine-tuning: the whole model as a Hugging Face folder, in the compute dtype.
         """
         if self.full_finetuning:
-            return write_model(folder, self.decoder, self.hf_config, source=self.folder, overwrite=overwrite)
+            return write_model(folder, self.decoder, self.hf_config, source=self.base_folder, overwrite=overwrite)
         if self.peft_config is None:
             raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
         adapted = [site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted]
@@ -255,6 +258,22 @@ class FastLanguageModel(Adapters):
     def full_finetuning(self) -> bool:
         """Whether every weight trains (`from_pretrained(full_finetuning=True)`)."""
         return trains_everything(self.decoder)
+
+    def save_pretrained_merged(
+        self, folder: str | Path, tokenizer: Any | None = None, save_method: str = "merged_16bit", **options
+    ) -> Any:
+        """Write the model with its adapter merged in ("merged_16bit", "merged_4bit"), or the adapter alone ("lora").
+
+        options as in `fastft_jax.convert.save_merged.save_merged` (base, dtype, max_shard_size, overwrite, verify,
+        rows, token). Returns what was written and how it compares with this model, read back.
+        """
+        if save_method == "lora":
+            return save_adapter(self, folder, tokenizer, **options)
+        return save_merged(self, folder, tokenizer, save_method, **options)
+
+    def push_to_hub(self, repo_id: str, tokenizer: Any | None = None, save_method: str = "lora", **options) -> str:
+        """Upload the adapter or a merged model with a card; options as in `fastft_jax.convert.upload.push_to_hub`."""
+        return push_to_hub(self, repo_id, tokenizer, save_method, **options)
 
     def continue_adapter(self, lora_options: dict[str, Any], given: set[str]) -> None:
         """Train a loaded adapter on: what shapes it is as it was saved, how it is trained may be chosen anew.

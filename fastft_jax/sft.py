@@ -6,14 +6,13 @@ Exit codes: 0 done (or stopped by a signal with a checkpoint saved), 1 a failed 
 """
 
 import argparse
-import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from fastft_jax.errors import ConfigError, FastFTError
+from fastft_jax.command_line import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,47 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single options")
     arguments = parser.parse_args(argv)
-    _prepare_process()
-    try:
-        return _run(arguments.config, arguments.overrides, arguments.dry_run)
-    except (ConfigError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FastFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        cause = _cause_outside(error)
-        if cause is None:
-            raise  # a fault in the program: its traceback is wanted
-        print(f"error: {cause}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _cause_outside(error: Exception) -> str | None:
-    """What to say of an error that the disk or the memory is the cause of; None for any other."""
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-    if isinstance(error, MemoryError):
-        return f"the host's memory is full: {error}"
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "the device's memory is full; lower per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            "max_length or lora.r, or set lora.use_gradient_checkpointing: offload"
-        )
-    return None
-
-
-def _prepare_process() -> None:
-    """Settings of this process, made before jax starts: they are ours to make here, and nowhere else."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")  # one program on the card: let it have the card
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing, as it should be
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    return guarded(lambda: _run(arguments.config, arguments.overrides, arguments.dry_run))
 
 
 def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
@@ -81,6 +40,7 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
 
     if not dry_run:  # before minutes of loading, not after
         check_output_dir(config.training, config.training.resume_from_checkpoint)
+        config.export.check_targets(config.training.output_dir)
         use_compile_cache(config.training.compile_cache)  # loading compiles, too
     for line in environment_lines(environment(jax.local_devices()[0])):
         print(line)
@@ -111,6 +71,14 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     print(f"{'model' if model.full_finetuning else 'adapter'} saved in {folder}")
     if config.export.verify:
         print(f"read back: {model.verify_adapter(folder)}")
+    if config.export.to:
+        from fastft_jax.export import export
+
+        model.adapter_path = Path(folder)  # what the run recorded lies there
+        rows = [ids[:256] for ids in trainer.train_data.input_ids[:4]]
+        settings = config.export.settings(rows, token=config.model.token)
+        for line in export(model, tokenizer, config.export.to, config.export.folder(folder), settings):
+            print(line)
     return 0
 
 

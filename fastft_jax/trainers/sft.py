@@ -175,7 +175,7 @@ class SFTTrainer:
 
     def _claim_output_dir(self, resume: bool | str | None) -> None:
         check_output_dir(self.args, resume)
-        source = self.model.folder
+        source = self.model.base_folder
         if self.model.full_finetuning and source and Path(self.args.output_dir).resolve() == Path(source).resolve():
             raise ConfigError(f"output_dir {source} is the folder that the model was loaded from: name another one")
         if not resume:
