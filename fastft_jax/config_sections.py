@@ -176,11 +176,11 @@ class ExportSection(Options):
     known_elsewhere: ClassVar[dict[str, Elsewhere | NotBuilt]] = {
         **dict.fromkeys(("save_method", "merged", "formats", "kinds"), Elsewhere("to: [merged_16bit]")),
         "push_to_hub": NotBuilt("it is done from Python, with model.push_to_hub"),
-        **dict.fromkeys(("gguf", "quantization_method"), NotBuilt("GGUF is not written yet")),
+        **dict.fromkeys(("gguf", "quantization_method"), Elsewhere("to: ['gguf:q4_k_m']")),
     }
 
     to: Texts = []
-    """Further exports: peft, merged_16bit, merged_4bit."""
+    """Further exports: peft, merged_16bit, merged_4bit, gguf:q4_k_m (or another method, or gguf:lora)."""
     out: PathText | None = None
     """Their folder, in which each gets one of its own; null: output_dir/export."""
     base: PathText | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft_jax.command_line import guarded
+from fastft_jax.convert.gguf import FORMS as GGUF_FORMS
 from fastft_jax.errors import CheckpointError, ConfigError
 
 ROWS, ROW_LENGTH = 8, 256  # at most so many rows to compare on, and tokens of each
@@ -55,11 +56,16 @@ def _merged(method: str) -> Callable[..., Any]:
     return write
 
 
+def _gguf(model: Any, tokenizer: Any, folder: Path, argument: str | None, settings: Settings) -> Any:
+    return ", ".join(map(str, model.save_pretrained_gguf(folder, tokenizer, argument)))
+
+
 # A further form is a line here.
 KINDS: dict[str, Kind] = {
     "peft": Kind(_peft),
     "merged_16bit": Kind(_merged("merged_16bit")),
     "merged_4bit": Kind(_merged("merged_4bit")),
+    "gguf": Kind(_gguf, GGUF_FORMS),
 }
 
 

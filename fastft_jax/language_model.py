@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from fastft_jax.adapters import DEFAULT_NAME, Adapters
 from fastft_jax.convert import peft, peft_experts
+from fastft_jax.convert.gguf import open_gguf
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hf_writer import verify_model, write_model
 from fastft_jax.convert.hub import resolve_model
@@ -76,9 +77,12 @@ class FastLanguageModel(Adapters):
         revision: str | None = None,
         random_state: int = 3407,
         compute_dtype: str | None = None,
+        tokenizer_name: str | Path | None = None,
     ) -> tuple["FastLanguageModel", Any]:
         """(model, tokenizer) from a local folder or a hub id: a base model, or a PEFT adapter with its base.
 
+        A file called *.gguf is a base, too: decoded, then quantised like any other. tokenizer_name is a folder whose
+        tokenizer is taken instead of the model's own.
         dtype: "bfloat16", "float16", "float32" or a jax dtype; None means bfloat16 on a GPU and float32 on a CPU.
         load_in_4bit keeps the layers' linears in NF4 with double quantisation, load_in_8bit in int8 instead.
         full_finetuning trains every weight, from float32 copies, without quantisation (whatever load_in_4bit says) or
@@ -97,7 +101,8 @@ class FastLanguageModel(Adapters):
         if max_seq_length < 1:
             raise ConfigError(f"max_seq_length={max_seq_length} must be at least 1")
         check_compute_dtype(compute_dtype, load_in_4bit)
-        folder = resolve_model(str(model_name), revision=revision, token=token)
+        source, own_tokenizer = open_gguf(model_name, tokenizer_name)
+        folder = resolve_model(str(model_name), revision=revision, token=token) if source is None else source.path
         if (folder / peft.CONFIG).exists():
             if full_finetuning:
                 raise ConfigError(
@@ -114,7 +119,7 @@ class FastLanguageModel(Adapters):
                 random_state=random_state,
                 compute_dtype=compute_dtype,
             )
-        values = read_config(folder)
+        values = read_config(folder) if source is None else source.hf_config()
         if rope_scaling is not None:
             values = {k: v for k, v in values.items() if k != "rope_parameters"} | {
                 "rope_theta": values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta"),
@@ -131,9 +136,11 @@ class FastLanguageModel(Adapters):
             raise NotImplementedError(
                 f"full_finetuning=True is not built yet for mixtures of experts (model_type={config.model_type!r})"
             )
+        if source is not None:
+            source.bind(config, names)
         stored = jnp.float32 if full_finetuning else _dtype(dtype)
         decoder = load_decoder(
-            folder, config, names, dtype=stored, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
+            source or folder, config, names, dtype=stored, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
         )
         set_compute_dtype(decoder, compute_dtype)
         if full_finetuning:
@@ -148,7 +155,7 @@ class FastLanguageModel(Adapters):
             random_state=random_state,
         )
         model.base_folder = folder
-        return model, load_tokenizer(folder)
+        return model, load_tokenizer(Path(tokenizer_name or folder)) if own_tokenizer is None else own_tokenizer
 
     @classmethod
     def _from_adapter(cls, folder: Path, **options) -> tuple["FastLanguageModel", Any]:
@@ -253,6 +260,23 @@ class FastLanguageModel(Adapters):
         adapted = [site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted]
         config = peft_experts.written_config(self._saved_config(), adapted, self._linear_paths())
         peft.write_adapter(Path(folder), config, self._saved_tensors(), overwrite=overwrite)
+
+    def save_pretrained_gguf(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] = "q4_k_m",
+        imatrix_file: str | Path | None = None,
+    ) -> list[Path]:
+        """Write GGUF files for llama.cpp and Ollama, with the adapter merged in, and a Modelfile; returns their paths.
+
+        quantization_method: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m, q4_k_s, q4_0, q3_k_l, q3_k_m,
+        q3_k_s, q2_k, or several of them, made in one pass; "lora" is the adapter alone, which needs no tokenizer.
+        imatrix_file: an importance matrix made by llama-imatrix, which the methods q2_k to q6_k follow.
+        """
+        from fastft_jax.convert.gguf.export import save_model_gguf
+
+        return save_model_gguf(self, Path(folder), tokenizer, quantization_method, imatrix_file)
 
     @property
     def full_finetuning(self) -> bool:

@@ -78,23 +78,31 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_decoder(
-    folder: Path, config: DecoderConfig, names: NameTable, *, dtype, load_in_4bit: bool, load_in_8bit: bool = False
+    source: Path | Checkpoint,
+    config: DecoderConfig,
+    names: NameTable,
+    *,
+    dtype,
+    load_in_4bit: bool,
+    load_in_8bit: bool = False,
 ) -> Decoder:
-    """The decoder of `folder` with linears in NF4 (double-quantised), int8 or `dtype`, everything else in `dtype`.
+    """The decoder of a folder or open checkpoint: linears in NF4 (double-quantised), int8 or `dtype`, the rest in that.
 
     Matrices that bitsandbytes packed keep their codes and scales, bit for bit. Host memory holds two tensors at a time:
     the one being quantised and the next, read ahead by a thread.
     Raises CheckpointError for missing, unexpected or misshapen tensors, ConfigError for int8 of a checkpoint in 4 bits,
     before any is read.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(source) if isinstance(source, str | Path) else source
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
     packed = packed_matrices(checkpoint, {n: r.tensor_shape for r in matrices for n in r.hf_names(names)})
     _check(checkpoint, requests, names, config, packed)
     if packed and load_in_8bit:
-        raise ConfigError(f"load_in_8bit=True: {folder} holds matrices in 4 bits already; use load_in_4bit=True")
+        raise ConfigError(
+            f"load_in_8bit=True: {checkpoint.folder} holds matrices in 4 bits already; use load_in_4bit=True"
+        )
     quantised = "nf4" if load_in_4bit else "int8" if load_in_8bit else None
     wanted = [name for request in requests for name in request.hf_names(names)]
     order = iter([part for name in wanted for part in (packed[name].tensors if name in packed else [name])])

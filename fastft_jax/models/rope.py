@@ -27,6 +27,12 @@ def rope_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def llama3_divisors(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """What rope_type "llama3" divides each pair's frequency by; float32 [P/2]."""
+    plain = _plain(config.rope_theta, config.rotary_dim(head_dim))
+    return plain / _llama3(config, plain)
+
+
 def _inv_freq(config: RopeConfig, dim: int, positions: Int[Array, "B T"]) -> Float[Array, "H/2"]:
     plain = _plain(config.rope_theta, dim)
     match config.rope_type:

@@ -1,0 +1,118 @@
+"""A model, merged with its adapter, as GGUF files of one or several quantisation methods."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from fastft_jax.convert.atomic import write_bytes
+from fastft_jax.convert.gguf import recipes
+from fastft_jax.convert.gguf.adapter import save_gguf_adapter
+from fastft_jax.convert.gguf.architectures import (
+    Architecture,
+    add_hyperparameters,
+    architecture_of,
+    extra_tensors,
+    tensor_name,
+    to_llama_cpp,
+)
+from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
+from fastft_jax.convert.gguf.modelfile import modelfile
+from fastft_jax.convert.gguf.vocabulary import read_vocabulary
+from fastft_jax.convert.gguf.writer import File, Tensor, check_file, write_gguf
+from fastft_jax.convert.merge import MergedTensor, merged_layout
+from fastft_jax.errors import ConfigError
+from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.decoder import Decoder
+
+
+def save_gguf(
+    decoder: Decoder,
+    folder: Path | str,
+    tokenizer: Any,
+    methods: Sequence[str],
+    *,
+    name: str,
+    context: int | None = None,
+    imatrix_file: Path | str | None = None,
+) -> list[Path]:
+    """Writes `folder/NAME-METHOD.gguf` for each method, in one pass over the weights, and a Modelfile for Ollama.
+
+    name: the model's, of which the last part is taken. context: how many tokens the model is said to read, by default
+    the decoder's max_position_embeddings. imatrix_file: an importance matrix that k-quants follow. Files of the same
+    name are replaced, each at once and when it is complete.
+    Raises CheckpointError for a family, tokenizer or decoder that llama.cpp does not know, ConfigError for an unknown
+    method.
+    """
+    methods = list(dict.fromkeys(recipes.resolve_method(method) for method in methods))
+    if not methods:
+        raise ConfigError("quantization_method is empty")
+    folder, stem = Path(folder).expanduser(), file_stem(name)
+    config, architecture = decoder.config, architecture_of(decoder.config)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size)
+    layout = merged_layout(decoder)
+    tensors = [Tensor(n, w.shape, partial(np.asarray, w)) for n, w in extra_tensors(config)]
+    tensors += [_tensor(t, config, architecture) for t in layout]
+    if imatrix_file is not None:
+        means = read_imatrix(imatrix_file)
+        check_imatrix(imatrix_file, means, {t.name: t.shape for t in tensors})
+        tensors = [replace(t, importance=means.get(t.name)) for t in tensors]
+    shape = recipes.Shape(
+        architecture.name,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        tied=not any(t.path == "lm_head.weight" for t in layout),
+    )
+    files = []
+    for method in methods:
+        writer = gguf.GGUFWriter(None, architecture.name)
+        writer.add_type("model")
+        writer.add_name(stem)
+        writer.add_size_label(gguf.size_label(sum(int(np.prod(t.shape)) for t in tensors), 0, 0, 0))
+        add_hyperparameters(writer, config, architecture, context)
+        vocabulary.write(writer)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(recipes.METHODS[method][1])
+        kinds = {t.name: recipes.tensor_type(method, t.name, t.shape, shape) for t in tensors}
+        files.append(File(folder / f"{stem}-{method.upper()}.gguf", writer, kinds))
+    write_gguf(files, tensors)
+    for file in files:
+        check_file(file.path, file.kinds, tensors)
+    write_bytes(folder / "Modelfile", modelfile([file.path.name for file in files], tokenizer).encode())
+    return [file.path for file in files]
+
+
+def file_stem(name: str) -> str:
+    """What the files are called: the last part of a path or hub id, safe in a file's name."""
+    last = Path(str(name).rstrip("/")).name.removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
+
+
+def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Tensor:
+    return Tensor(tensor_name(t.path, t.layer), t.shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
+
+
+def save_model_gguf(
+    model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str], imatrix_file: Path | str | None = None
+) -> list[Path]:
+    """`FastLanguageModel.save_pretrained_gguf`: the methods may have "lora", the adapter alone, among them."""
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    merged = [method for method in methods if method.lower() != "lora"]
+    paths = []
+    if len(merged) < len(methods):
+        alpha = (model.peft_config or {}).get("lora_alpha", 1.0)
+        stem = file_stem(model.name_or_path)
+        path = folder.expanduser() / f"{stem}-LoRA-F32.gguf"
+        paths.append(save_gguf_adapter(model.decoder, path, name=stem, alpha=float(alpha)))
+    if merged or not methods:
+        # Command-R reads further than its max_position_embeddings says
+        context = model.hf_config.get("model_max_length") if model.decoder.config.model_type == "cohere" else None
+        options = {"name": model.name_or_path, "context": context, "imatrix_file": imatrix_file}
+        paths += save_gguf(model.decoder, folder, tokenizer, merged, **options)
+    return paths

@@ -1,0 +1,119 @@
+"""The model with its adapter folded in, a tensor at a time: W + scaling * B A over the base it was trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastft_jax.convert.hf import tensor_requests
+from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.families.names import NameTable
+from fastft_jax.models.layers import Embedding, Linear
+from fastft_jax.quant.dense import Quantised, dense, is_quantised
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged model, computed when it is read: our path, its layer (None outside of layers)."""
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+    module: nnx.Module
+    row: int | None
+
+    def read(self) -> Float[np.ndarray, "..."]:
+        """float32, in an array of its own on the host."""
+        module, kind = self.module, self.path.rpartition(".")[2]
+        if isinstance(module, Linear) and kind == "weight":
+            return np.asarray(_merged(module.weight.get_value(), self._row, *_adapter(module, self.row)))
+        if isinstance(module, Embedding) and module.adapted:
+            a, b = module.lora_embedding_A.get_value(), module.lora_embedding_B.get_value()
+            return np.asarray(_merged(module.weight.get_value(), None, [(b.T, a.T)], module.scaling, None))
+        variable, row = getattr(module, kind), self.row
+        if isinstance(module, Linear) and row is not None and module.trained_bias is not None:
+            at = _position(module.trained_bias_rows, row)
+            variable, row = (variable, row) if at is None else (module.trained_bias, at)
+        value = variable.get_value()
+        return np.asarray(value if row is None else value[row], np.float32)
+
+    @property
+    def _row(self) -> np.int32 | None:
+        return None if self.row is None else np.int32(self.row)
+
+
+def merged_layout(decoder: Decoder) -> list[MergedTensor]:
+    """Every tensor of the merged model in the order of its layers; a tied head is not among them, one that was untied
+    by training it or the embedding is.
+    """
+    config, found = decoder.config, []
+    for request in tensor_requests(config):
+        module_path, _, _ = request.path.rpartition(".")
+        for layer in request.layers or (None,):
+            root, row = decoder, None
+            if layer is not None:
+                segment, place, row = config.place_of(layer)
+                root = decoder.segments[segment][place]
+            found.append(MergedTensor(request.path, layer, request.shape, attrgetter(module_path)(root), row))
+    head = decoder.lm_head
+    if head is None and decoder.embed_tokens.adapted:  # LoRA on a tied embedding leaves the head as it was
+        head = Linear(decoder.embed_tokens.weight.get_value())
+    if config.tie_word_embeddings and head is not None:
+        found.append(MergedTensor("lm_head.weight", None, (config.vocab_size, config.hidden_size), head, None))
+    first = [t for t in found if t.path == "embed_tokens.weight"]
+    last = [t for t in found if t.layer is None and t not in first]
+    return first + sorted((t for t in found if t.layer is not None), key=lambda t: t.layer) + last
+
+
+def merged_tensors(decoder: Decoder, names: NameTable) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
+    """(Hugging Face's name, float32 array) of every tensor, one on the host at a time."""
+    for tensor in merged_layout(decoder):
+        yield names.hf_name(tensor.path, tensor.layer), tensor.read()
+
+
+def _adapter(linear: Linear, row: int | None) -> tuple[list[tuple[Any, Any]], Any, Any]:
+    """(pairs (A, B) that are added, their scaling, DoRA's magnitudes or None) of one layer's matrix, or of the head."""
+    at = None if row is None else _position(linear.adapted_rows, row)
+    if not linear.adapted or (row is not None and at is None):
+        return [], 1.0, None
+
+    def pick(variable):
+        return variable.get_value() if row is None else variable.get_value()[at]
+
+    pairs = [(pick(linear.lora_A), pick(linear.lora_B))]
+    if linear.start_A is not None:
+        pairs.append((pick(linear.start_A), -pick(linear.start_B)))
+    scaling = linear.scaling[at] if isinstance(linear.scaling, tuple) else linear.scaling
+    return pairs, np.float32(scaling), None if linear.magnitude is None else pick(linear.magnitude)
+
+
+def _position(rows: tuple[int, ...] | None, row: int) -> int | None:
+    """Where a stack's row is in a leaf that holds only `rows` (None: all)."""
+    if rows is None:
+        return row
+    return rows.index(row) if row in rows else None
+
+
+@jax.jit
+def _merged(
+    weight: Quantised | Float[Array, "*L N K"],
+    row: Array | None,
+    pairs: list[tuple[Float[Array, "R K"], Float[Array, "N R"]]],
+    scaling: Any,
+    magnitude: Float[Array, "N"] | None,
+) -> Float[Array, "N K"]:
+    """W + scaling * sum(B A), its rows of length `magnitude` where that is given."""
+    if row is not None:
+        weight = weight.at(row) if is_quantised(weight) else weight[row]
+    w = dense(weight, jnp.float32)
+    for a, b in pairs:
+        w = w + scaling * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+    if magnitude is None:
+        return w
+    return w * (magnitude / jnp.sqrt(jnp.sum(jnp.square(w), axis=1)))[:, None]
