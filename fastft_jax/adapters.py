@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastft_jax.convert import peft
+from fastft_jax.convert import peft, peft_experts
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.original_weights import OriginalWeights
 from fastft_jax.convert.peft_names import PREFIX
@@ -113,6 +113,7 @@ class Adapters:
             raise ConfigError(f"no adapter is called {adapter_name!r}; there are: {there}")
 
     def _add(self, name: str, config: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> None:
+        config = peft_experts.plain_config(config, tensors, self._linear_paths())
         self._attach(config, seed=0, init=True)
         self._code_base_anew(tensors)
         self._take_tensors(folder, tensors)
@@ -181,6 +182,7 @@ class Adapters:
                 raise NotImplementedError(f"{option} with {ends[0]} among target_modules is not built yet")
         if config["use_dora"] and from_weights:
             raise NotImplementedError(f"use_dora=True with init_lora_weights={init!r} is not built yet")
+        peft_experts.require_plain(config, matched, from_weights)
         rank = {path: peft.value_of(config["rank_pattern"], path, config["r"]) for path in matched}
         scaling = {
             path: lora.lora_scaling(

@@ -111,7 +111,8 @@ def kernel_table(asked: Mapping[str, Example], card: Card) -> tuple[Table, list[
 def kernels_of(values: dict[str, Any], card: Card) -> dict[str, Active]:
     """What the model of a config.json would use."""
     config, _ = config_from_hf(values)
-    matrices = [(request.shape, len(request.layers)) for request in tensor_requests(config) if request.quantisable]
+    # of experts, a layer at a time is decoded
+    matrices = [(request.tensor_shape, request.lead[-1]) for request in tensor_requests(config) if request.quantisable]
     return active_kernels(config, matrices, card)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastft_jax.adapters import DEFAULT_NAME, Adapters
-from fastft_jax.convert import peft
+from fastft_jax.convert import peft, peft_experts
 from fastft_jax.convert.gguf import open_gguf
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hf_writer import verify_model, write_model
@@ -132,6 +132,10 @@ class FastLanguageModel(Adapters):
                 "was trained for; its rotary embedding is left as it is (pass rope_scaling to change it)",
                 stacklevel=2,
             )
+        if full_finetuning and config.experts is not None:
+            raise NotImplementedError(
+                f"full_finetuning=True is not built yet for mixtures of experts (model_type={config.model_type!r})"
+            )
         if source is not None:
             source.bind(config, names)
         stored = jnp.float32 if full_finetuning else _dtype(dtype)
@@ -212,6 +216,8 @@ class FastLanguageModel(Adapters):
         leaves = {path.rpartition(".")[2] for path in paths}
         if tuple(target_modules) == DEFAULT_TARGETS and not leaves.issuperset(DEFAULT_TARGETS):
             target_modules = peft.ALL_LINEAR
+        if not isinstance(target_modules, str):
+            target_modules = [model.names.leaf(target) for target in target_modules]
         peft.require_targets(target_modules, [*paths, model._embedding_path])
         if target_modules == "all-linear":
             target_modules = peft.condense_targets(peft.match_targets("all-linear", paths), paths)
@@ -234,6 +240,7 @@ class FastLanguageModel(Adapters):
             base_model_name_or_path=model.name_or_path,
         )
         adapted = model._matched(config)
+        peft_experts.check_expert_targets(adapted, paths, lora_dropout)
         peft.check_pattern(config["rank_pattern"], "rank_pattern", adapted)
         peft.check_pattern(config["alpha_pattern"], "alpha_pattern", adapted)
         model._attach(config, random_state, init=init)
@@ -250,7 +257,9 @@ class FastLanguageModel(Adapters):
             return write_model(folder, self.decoder, self.hf_config, source=self.base_folder, overwrite=overwrite)
         if self.peft_config is None:
             raise ConfigError("this model has no adapter to save; call FastLanguageModel.get_peft_model first")
-        peft.write_adapter(Path(folder), self._saved_config(), self._saved_tensors(), overwrite=overwrite)
+        adapted = [site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted]
+        config = peft_experts.written_config(self._saved_config(), adapted, self._linear_paths())
+        peft.write_adapter(Path(folder), config, self._saved_tensors(), overwrite=overwrite)
 
     def save_pretrained_gguf(
         self,
@@ -299,11 +308,16 @@ class FastLanguageModel(Adapters):
         self.remat_policy = resolve_policy(lora_options["use_gradient_checkpointing"])
         if lora_options["loftq_config"]:
             raise ConfigError("lora.loftq_config starts a new adapter, and this one is trained on")
+        peft_experts.check_expert_targets(
+            self._matched(self.peft_config), self._linear_paths(), self.peft_config["lora_dropout"]
+        )
         for key in sorted(given - {"use_gradient_checkpointing", "random_state", "loftq_config"}):
             wanted, has = lora_options[key], self.peft_config[key]
             if key == "target_modules" and wanted == peft.ALL_LINEAR:
                 paths = self._linear_paths()
                 wanted = peft.condense_targets(peft.match_targets(wanted, paths), paths)
+            elif key == "target_modules" and not isinstance(wanted, str):
+                wanted = [self.names.leaf(target) for target in wanted]
             if key == "layers_to_transform" and isinstance(wanted, int):
                 wanted = [wanted]
             if key.endswith("_pattern"):
@@ -383,7 +397,7 @@ def _logical_sizes(decoder: Decoder) -> Iterable[int]:
             continue
         counted.add(id(array))
         if dataclasses.is_dataclass(value):
-            yield value.codes.shape[0] * int(np.prod(value.shape))
+            yield int(np.prod((*value.codes.shape[:-2], *value.shape)))
         else:
             yield value.size
 

@@ -84,6 +84,7 @@ def _run(path: str, overrides: Sequence[str], dry_run: bool) -> int:
 
 def _train_all_of(model: Any, lora: Any, given: set[str]) -> None:
     """Full fine-tuning: of the lora section only the recomputation policy means anything; ConfigError for the rest."""
+    from fastft_jax.errors import ConfigError
     from fastft_jax.models.remat import resolve_policy
 
     if meaningless := sorted(given - {"use_gradient_checkpointing"}):

@@ -37,6 +37,7 @@ TINY = {  # of no published model: small enough for a test
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -68,8 +69,14 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         shapes[f"{at}self_attn.o_proj.weight"] = (width, q)
         if config["model_type"] == "qwen3":
             shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (head,)
-        shapes[f"{at}mlp.gate_proj.weight"] = shapes[f"{at}mlp.up_proj.weight"] = (ffn, width)
-        shapes[f"{at}mlp.down_proj.weight"] = (width, ffn)
+        if config["model_type"] == "mixtral":
+            shapes[f"{at}block_sparse_moe.gate.weight"] = (config["num_local_experts"], width)
+            for expert in range(config["num_local_experts"]):
+                for name, shape in (("w1", (ffn, width)), ("w2", (width, ffn)), ("w3", (ffn, width))):
+                    shapes[f"{at}block_sparse_moe.experts.{expert}.{name}.weight"] = shape
+        else:
+            shapes[f"{at}mlp.gate_proj.weight"] = shapes[f"{at}mlp.up_proj.weight"] = (ffn, width)
+            shapes[f"{at}mlp.down_proj.weight"] = (width, ffn)
         shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (width,)
     shapes["model.norm.weight"] = (width,)
     if not config["tie_word_embeddings"]:

@@ -26,6 +26,7 @@ PACKAGES = (
     "attention",
     "linear_cross_entropy",
     "quantised_matmul",
+    "grouped_matmul",
     "fp8",
     "adamw_8bit",
 )

@@ -28,7 +28,7 @@ from fastft_jax.trainers.compile import compile_step, program_bytes
 from fastft_jax.trainers.data import BatchSource, DataStats, PreparedDataset
 from fastft_jax.trainers.data.prepared import Sample
 from fastft_jax.trainers.environment import device_peak_flops, peak_memory
-from fastft_jax.trainers.flops import useful_flops
+from fastft_jax.trainers.flops import active_parameters, useful_flops
 from fastft_jax.trainers.loop import ARRAYS
 from fastft_jax.trainers.optim import make_optimizer
 from fastft_jax.trainers.step import LossOptions
@@ -84,6 +84,7 @@ class Bench:
         self._definition, trainable, self._frozen = nnx.split(model.decoder, nnx.Param, ...)
         self._start = jax.device_get(trainable)
         self.trainable_count = sum(x.size for x in jax.tree.leaves(trainable))
+        self._active_count = active_parameters(self.config, trainable)
         for leaf in jax.tree.leaves(trainable):
             leaf.delete()
 
@@ -130,7 +131,7 @@ class Bench:
             start.end("first_step", age)
         seconds = np.diff(times)[warmup - 1 :]
         tokens = [int((batch["segment_ids"] > 0).sum()) for batch in batches[warmup:]]
-        flops = [useful_flops(self.config, batch, self.trainable_count) for batch in batches[warmup:]]
+        flops = [useful_flops(self.config, batch, self._active_count) for batch in batches[warmup:]]
         speeds = [n / s for n, s in zip(tokens, seconds, strict=True)]
         rates = [f / s for f, s in zip(flops, seconds, strict=True)]
         peak_flops, peak = device_peak_flops(device.device_kind), peak_memory(device)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fastft_jax.bench.random_values import SCALE, nf4_blocks, normal
-from fastft_jax.convert.hf import Request
+from fastft_jax.convert.hf import Request, with_lead
 from fastft_jax.errors import ConfigError
 from fastft_jax.language_model import DTYPES, FastLanguageModel
 from fastft_jax.models.compute_dtype import check_compute_dtype, set_compute_dtype
@@ -50,15 +50,21 @@ def random_weights(dtype: Any, load_in_4bit: bool = True, seed: int = 0) -> Load
     """A LoadFn that draws every tensor from (seed, its path): linears of layers in NF4, everything else in `dtype`."""
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
+        request = Request(path, shape, layers)
         stacked = shape if layers is None else (len(layers), *shape)
-        seeds = np.array([zlib.crc32(f"{seed} {path} {layer}".encode()) for layer in layers or (None,)], np.uint32)
+        keys = [f"{seed} {path} {layer}" for layer in layers or (None,)]
+        if len(shape) == 3:
+            keys = [f"{key} {expert}" for key in keys for expert in range(shape[0])]
+        seeds = np.array([zlib.crc32(key.encode()) for key in keys], np.uint32)
         if len(shape) == 1:  # small: made on the host, so that nothing is compiled for it
             norm = path.endswith("norm.weight")
             values = np.ones(stacked) if norm else np.random.default_rng(seeds).normal(0, SCALE, stacked)
             return jax.device_put(values.astype(dtype))
-        if load_in_4bit and Request(path, shape, layers).quantisable:
+        if load_in_4bit and request.quantisable:
             # by the number of blocks alone, so that matrices of one size share a program
-            return NF4Array(*nf4_blocks(seeds, -(-math.prod(shape) // BLOCK)), shape)
-        return normal(seeds, stacked, dtype)
+            blocks = nf4_blocks(seeds, -(-math.prod(request.tensor_shape) // BLOCK))
+            return with_lead(NF4Array(*blocks, request.tensor_shape), request.lead)
+        flat = stacked if len(shape) == 2 else (len(seeds), *request.tensor_shape)
+        return with_lead(normal(seeds, flat, dtype), request.lead)
 
     return load

@@ -27,23 +27,40 @@ from fastft_jax.quant.dense import is_quantised
 from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
+UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One leaf of the decoder: where it is, the shape of one layer's tensor, which layers it stacks."""
+    """One leaf of the decoder: where it is, the shape of one layer's tensor, which layers it stacks.
+
+    Three axes [E, N, K] are experts' matrices, each a tensor of its own in a checkpoint.
+    """
 
     path: str
     shape: tuple[int, ...]
     layers: tuple[int, ...] | None
 
     def hf_names(self, names: NameTable) -> list[str]:
-        return [names.hf_name(self.path, layer) for layer in (self.layers or (None,))]
+        """All its tensors, layer by layer and within a layer expert by expert."""
+        experts = range(self.shape[0]) if len(self.shape) == 3 else (None,)
+        return [names.hf_name(self.path, layer, expert) for layer in (self.layers or (None,)) for expert in experts]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of each of its tensors."""
+        return self.shape[-2:]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """How its tensors are stacked."""
+        return () if self.layers is None else (len(self.layers), *self.shape[:-2])
 
     @property
     def quantisable(self) -> bool:
-        """The linears inside layers; embeddings, head, norms and biases stay as they are (as bitsandbytes does)."""
-        return self.layers is not None and len(self.shape) == 2
+        """The linears inside layers; embeddings, head, norms and biases stay as they are (as bitsandbytes does), and so
+        do routers."""
+        return self.layers is not None and len(self.shape) > 1 and not self.path.endswith(UNQUANTISED)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -80,7 +97,7 @@ def load_decoder(
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
-    packed = packed_matrices(checkpoint, {n: request.shape for request in matrices for n in request.hf_names(names)})
+    packed = packed_matrices(checkpoint, {n: r.tensor_shape for r in matrices for n in r.hf_names(names)})
     _check(checkpoint, requests, names, config, packed)
     if packed and load_in_8bit:
         raise ConfigError(
@@ -110,16 +127,16 @@ def load_decoder(
                 return jax.device_put(np.stack([ahead.next().astype(dtype) for _ in layers]))
             here = [packed.get(name) for name in request.hf_names(names)]
             if any(here):
-                return _unpacked(path, here, ahead, dtype, load_in_4bit)
+                return with_lead(_unpacked(path, here, ahead, dtype, load_in_4bit), request.lead)
             stack = None
-            for i in range(len(layers)):
+            for i in range(math.prod(request.lead)):
                 w = ahead.next()
                 room, fill = programs[_kind(request, w.dtype, dtype, quantised)].result()
                 # Waiting keeps the host at two tensors: otherwise transfers queue up behind the reader.
                 stack = room() if stack is None else stack
                 stack = jax.block_until_ready(fill(stack, w.reshape(-1), np.int32(i)))
             if is_quantised(stack):
-                return dataclasses.replace(stack, shape=shape)
+                return with_lead(dataclasses.replace(stack, shape=request.tensor_shape), request.lead)
             return stack.reshape(len(layers), *shape)
 
         return Decoder(config, load, dtype)
@@ -144,7 +161,7 @@ def _check(
     config: DecoderConfig,
     packed: dict[str, Packed],
 ) -> None:
-    expected = {name: request.shape for request in requests for name in request.hf_names(names)}
+    expected = {name: request.tensor_shape for request in requests for name in request.hf_names(names)}
     missing = checkpoint.missing(expected)
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {_few(missing)}, which its config.json calls for")
@@ -224,6 +241,16 @@ def _unpacked(
     return stack
 
 
+def with_lead(stack: NF4Array | Array, lead: tuple[int, ...]) -> NF4Array | Array:
+    """Matrices that were stacked on one axis, on the axes `lead`: layers, and experts if there are any."""
+    return stack if len(lead) < 2 else _split_first_axis(stack, lead)
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _split_first_axis(stack, lead: tuple[int, ...]):
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), stack)
+
+
 @partial(jax.jit, donate_argnums=0)
 def _put(stack, part, index):
     return jax.tree.map(lambda leaf, p: jax.lax.dynamic_update_index_in_dim(leaf, p, index, 0), stack, part)
@@ -240,8 +267,9 @@ class _Kind(NamedTuple):
 
 
 def _kind(request: Request, source: np.dtype, dtype, quantised: str | None) -> _Kind:
-    shape = request.shape if quantised == "int8" else (math.prod(request.shape),)
-    return _Kind(len(request.layers), shape, np.dtype(source), dtype, quantised)
+    quantised = quantised if request.quantisable else None
+    shape = request.tensor_shape if quantised == "int8" else (math.prod(request.tensor_shape),)
+    return _Kind(math.prod(request.lead), shape, np.dtype(source), dtype, quantised)
 
 
 def _compile_fill(

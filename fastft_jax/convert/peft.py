@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder, sync_folder, write_bytes
+from fastft_jax.convert.peft_experts import is_per_expert
 from fastft_jax.convert.peft_names import TensorName, bias_name, current_names, lora_names, parse_name, saved_name
 from fastft_jax.convert.peft_targets import (
     ALL_LINEAR,
@@ -235,7 +236,11 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
         names = current_names(file.tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    missing_features = unsupported(config, names)
+    missing_features = [
+        feature
+        for feature in unsupported(config, names)
+        if not (feature.startswith("target_parameters") and is_per_expert(config, names))
+    ]
     if missing_features:
         raise NotImplementedError(f"{folder}: the adapter uses {', '.join(missing_features)}; that is not supported")
     _check_tensors(file, names, config)

@@ -13,6 +13,7 @@ from flax import nnx
 from fastft_jax.models.compute_dtype import FP8_CAPABILITY
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.layers import ExpertLinear
 from fastft_jax.models.lora import layer_linears
 from fastft_jax.pallas_kernels import attention, nf4, pallas, rms_norm
 from fastft_jax.pallas_kernels.quantised_matmul import supported as few_rows_take
@@ -49,7 +50,7 @@ def active_kernels(config: DecoderConfig, matrices: list[Matrix], card: Card) ->
             "rope": _rope(config, default),
             "mlp": default if config.gated_mlp else Active("xla", ("an MLP without gate has no kernel of its own",)),
             "nf4": _nf4(matrices, default),
-            "decoding": _decoding(matrices, default),
+            "decoding": _decoding(config, matrices, default),
             "loss": default,
             "fp8": _fp8(config, card),
         }
@@ -61,7 +62,12 @@ def base_in_use(decoder: Decoder) -> str:
     weights = [linear.weight.get_value() for linear in linears]
     if any(isinstance(w, Int8Array) for w in weights):
         return "int8 xla"
-    codes = [w.codes for w in weights if isinstance(w, NF4Array)]
+    # of experts, a layer at a time is cut out of the stack
+    codes = [
+        jax.ShapeDtypeStruct(w.codes.shape[1:], jnp.uint8) if isinstance(linear, ExpertLinear) else w.codes
+        for linear, w in zip(linears, weights, strict=True)
+        if isinstance(w, NF4Array)
+    ]
     if not codes:
         return f"weights {weights[0].dtype.name}{' (trained)' if isinstance(linears[0].weight, nnx.Param) else ''}"
     left = sum(not nf4.kernel_takes(each) for each in codes)
@@ -113,8 +119,10 @@ def _nf4(matrices: list[Matrix], default: Active) -> Active:
     return default
 
 
-def _decoding(matrices: list[Matrix], default: Active) -> Active:
+def _decoding(c: DecoderConfig, matrices: list[Matrix], default: Active) -> Active:
     """Whether new tokens are multiplied with the 4-bit codes as they are."""
+    if c.experts is not None and not default.why:
+        return Active("triton", ("all experts of a layer are decoded in whole for a new token",))
     bad = [shape for shape, layers in matrices if not few_rows_take(1, shape, jnp.bfloat16, layers)]
     if default.why or not bad:
         return default

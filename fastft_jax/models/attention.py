@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.config import DecoderConfig, LayerKind
 from fastft_jax.models.layers import LayerNorm, Linear, RMSNorm, project_normed
@@ -24,6 +24,7 @@ class Sequence(NamedTuple):
     max_document_length: int | None = None  # want them
     kv_segment_ids: Int[Array, "B S"] | None = None  # the same for cached keys; None: the keys are this call's
     q_offset: Int[Array, ""] | int = 0  # index in the cache of this call's first token
+    counted: Bool[Array, "B T"] | None = None  # the tokens over which routers report their load; None: they do not
 
 
 class KVCache(NamedTuple):

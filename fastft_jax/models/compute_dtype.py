@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.layers import ExpertLinear
 from fastft_jax.models.lora import layer_linears
 from fastft_jax.pallas_kernels.attention import current_device
 from fastft_jax.quant.nf4 import NF4Array
@@ -33,12 +34,13 @@ def set_compute_dtype(decoder: Decoder, compute_dtype: str | None, keep: Sequenc
     """Run the products with the NF4 weights of `decoder`'s layers in `compute_dtype`, in place; None: in its own dtype.
 
     `keep` names linears ("mlp.down_proj") that go on in the decoder's dtype; of linears that read one input together,
-    such as q, k and v, one is enough. On a CPU fp8 is emulated: the same rounding, float32 products.
+    such as q, k and v, one is enough. Experts always do: their grouped products have no fp8 form. On a CPU fp8 is
+    emulated: the same rounding, float32 products.
     """
     for segment in decoder.segments:
         for place in segment:
             for path, linear in layer_linears(place):
                 weight = linear.weight.get_value()
                 if isinstance(weight, NF4Array):
-                    wanted = None if path in keep else compute_dtype
+                    wanted = None if path in keep or isinstance(linear, ExpertLinear) else compute_dtype
                     linear.weight.set_value(dataclasses.replace(weight, compute=wanted))

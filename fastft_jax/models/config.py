@@ -1,7 +1,7 @@
 """What a decoder is: every number and switch that changes its maths, as data.
 
 Axes, everywhere in this project: B batch, T query position, S key position, D model width, N query heads, K key/value
-heads, H head width, F feed-forward width, V vocabulary, R LoRA rank, L layers, G quantisation blocks.
+heads, H head width, F feed-forward width, V vocabulary, R LoRA rank, L layers, E experts, G quantisation blocks.
 """
 
 from dataclasses import dataclass
@@ -38,11 +38,31 @@ class RopeConfig:
         return int(head_dim * self.partial_rotary_factor)
 
 
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Feed-forward layers of E experts, of which a router picks `top_k` for each token.
+
+    router "softmax": the top_k largest of softmax(logits), divided by their sum if `normalise`; "sparsemixer": see
+    models/router.py. A shared expert, if there is one, serves every token.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int  # of one expert
+    router: Literal["softmax", "sparsemixer"] = "softmax"
+    normalise: bool = True
+    router_epsilon: float = 0.0  # of "sparsemixer": how far from the best score another one may be
+    shared_intermediate_size: int | None = None
+    dense_layers: tuple[int, ...] = ()  # those with a plain feed-forward layer instead
+    aux_loss_coef: float | None = None  # of the load-balancing loss; None: it is not added
+
+
 class LayerKind(NamedTuple):
     """What may differ between the layers of one decoder; layers of one kind can be stacked."""
 
     window: int | None
     rope: int  # index into DecoderConfig.ropes
+    sparse: bool = False  # with experts
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,7 @@ class DecoderConfig:
     rope_interleaved: bool = False  # rotation pairs even and odd elements, not the two halves
     second_rope: RopeConfig | None = None
     second_rope_layers: tuple[int, ...] = ()  # the layers that rotate by second_rope
+    experts: ExpertsConfig | None = None
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
@@ -90,7 +111,13 @@ class DecoderConfig:
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        return tuple(LayerKind(w, int(i in self.second_rope_layers)) for i, w in enumerate(self.layer_windows))
+        return tuple(
+            LayerKind(w, int(i in self.second_rope_layers), self.is_sparse(i)) for i, w in enumerate(self.layer_windows)
+        )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's feed-forward part is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def segments(self) -> tuple[tuple[tuple[int, ...], ...], ...]:

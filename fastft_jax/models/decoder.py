@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.attention import Attention, KVCache, Sequence
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, drop, make_norm
+from fastft_jax.models.layers import Embedding, ExpertLinear, LayerNorm, Linear, RMSNorm, drop, make_norm
 from fastft_jax.models.mlp import GatedMLP, PlainMLP
+from fastft_jax.models.moe import MixtureOfExperts
 from fastft_jax.models.remat import LAYER_INPUT, Policy
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.rope import rope_tables
@@ -42,6 +43,9 @@ class Loader(NamedTuple):
     def linear(self, path: str, n: int, k: int, bias: bool) -> Linear:
         return Linear(self(f"{path}.weight", (n, k)), self(f"{path}.bias", (n,)) if bias else None)
 
+    def experts(self, path: str, e: int, n: int, k: int) -> ExpertLinear:
+        return ExpertLinear(self(f"{path}.weight", (e, n, k)), e)
+
 
 class DecoderLayer(nnx.Module):
     """`h = x + attention(norm(x)); y = h + mlp(norm(h))`, or with the norms elsewhere.
@@ -58,10 +62,12 @@ class DecoderLayer(nnx.Module):
             return make_norm(config, load, path, config.hidden_size) if present else None
 
         self.input_layernorm = norm("input_layernorm", before)
-        self.self_attn = Attention(config, load, config.layer_kinds[load.layers[0]])
+        kind = config.layer_kinds[load.layers[0]]
+        self.self_attn = Attention(config, load, kind)
         self.attention_output_norm = norm("attention_output_norm", after)
         self.post_attention_layernorm = norm("post_attention_layernorm", before and not self.parallel)
-        self.mlp = (GatedMLP if config.gated_mlp else PlainMLP)(config, load)
+        mlp = MixtureOfExperts if kind.sparse else GatedMLP if config.gated_mlp else PlainMLP
+        self.mlp = mlp(config, load)
         self.mlp_output_norm = norm("mlp_output_norm", after)
 
     def __call__(
@@ -71,7 +77,8 @@ class DecoderLayer(nnx.Module):
         cache: KVCache | None = None,
         key: Array | None = None,
         keep: Keep | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "2 E"] | None]:
+        """The layer's output, the cache with this call's keys and values, and its router's load (see Sequence)."""
         keys = None if key is None else jax.random.split(key, DROPOUT_KEYS_A_LAYER)
         attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
         keep = Keep() if keep is None else keep
@@ -81,18 +88,24 @@ class DecoderLayer(nnx.Module):
                 out, _, cache = self.self_attn(Slot(normed), None, seq, keep, cache, attention_keys)
             x = self._add(x, out)
             with jax.named_scope("mlp"):
-                out, _ = self.mlp(Slot(normed), None, keep, mlp_keys)
-            return self._add(x, out), cache
+                out, _, load = self._feed_forward(Slot(normed), None, seq, keep, mlp_keys)
+            return self._add(x, out), cache, load
         with jax.named_scope("attention"):
             out, x, cache = self.self_attn(keep.input(x), self.input_layernorm, seq, keep, cache, attention_keys)
             if self.attention_output_norm is not None:
                 out = self.attention_output_norm(keep("block_out", out))
         middle = keep.shared_slot("mid_residual", self._add(x, out))
         with jax.named_scope("mlp"):
-            out, x = self.mlp(middle, self.post_attention_layernorm, keep, mlp_keys)
+            out, x, load = self._feed_forward(middle, self.post_attention_layernorm, seq, keep, mlp_keys)
             if self.mlp_output_norm is not None:
                 out = self.mlp_output_norm(keep("block_out", out))
-        return self._add(x, out), cache
+        return self._add(x, out), cache, load
+
+    def _feed_forward(self, x, norm, seq: Sequence, keep: Keep, keys: Array | None):
+        """The output, x for the residual connection, and the router's load if there is a router."""
+        if isinstance(self.mlp, MixtureOfExperts):
+            return self.mlp(x, norm, keep, keys, seq.counted)
+        return *self.mlp(x, norm, keep, keys), None
 
     def _add(self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.residual_multiplier == 1.0:
@@ -133,24 +146,52 @@ class Decoder(nnx.Module):
         not see each other. max_segments and max_document_length bound them, for kernels that want to know (static).
         positions default to 0..T-1. `policy` names what the backward pass recomputes.
         """
+        return self.hidden_states_and_load(
+            input_ids,
+            positions,
+            segment_ids,
+            None,
+            max_segments=max_segments,
+            max_document_length=max_document_length,
+            policy=policy,
+            dropout_key=dropout_key,
+        )[0]
+
+    def hidden_states_and_load(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        counted: Bool[Array, "B T"] | None,
+        *,
+        max_segments: int | None = None,
+        max_document_length: int | None = None,
+        policy: str | Policy = "none",
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "2 E"] | None]:
+        """`hidden_states`, and `router_load` summed over the sparse layers, of the `counted` tokens, if any."""
         x, tables = self._start(input_ids, positions)
         seq = Sequence(tables, segment_ids, max_segments, max_document_length)
+        loads = []
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hidden_layers)
         for segment, layers in zip(self.segments, self.config.segments, strict=True):
             stack = _Stack.of(segment)
             picked = None if keys is None else [keys[jnp.array(rows)] for rows in layers]
-            arrays = (seq.tables, seq.segment_ids)
+            arrays = (seq.tables, seq.segment_ids, counted)
 
             def layer(x, trainable, frozen, index, keep, stack=stack):
-                (tables, segment_ids), keys, frozen = frozen
-                here = seq._replace(tables=tables, segment_ids=segment_ids)
+                (tables, segment_ids, counted), keys, frozen = frozen
+                here = seq._replace(tables=tables, segment_ids=segment_ids, counted=counted)
+                added = None
                 for p, block in enumerate(stack.layers(trainable, frozen, index)):
                     x = x if p == 0 else keep(LAYER_INPUT, x)  # the loop itself keeps the first one's
-                    x, _ = block(x, here, None, None if keys is None else keys[p][index], keep)
-                return x
+                    x, _, load = block(x, here, None, None if keys is None else keys[p][index], keep)
+                    added = load if added is None else added if load is None else added + load
+                return x, added
 
-            x = run_layers(layer, len(layers[0]), policy, x, stack.trainable, (arrays, picked, stack.frozen))
-        return self.norm(x)
+            x, load = run_layers(layer, len(layers[0]), policy, x, stack.trainable, (arrays, picked, stack.frozen))
+            loads += [] if load is None else [load]
+        return self.norm(x), sum(loads) if loads else None
 
     def map_layers(
         self,
@@ -169,7 +210,7 @@ class Decoder(nnx.Module):
             def body(x, xs, stack=stack):
                 outputs = []
                 for layer in stack.layers(xs[1], stack.frozen, xs[0]):
-                    x, _ = layer(x, seq)
+                    x, *_ = layer(x, seq)
                     outputs.append(fn(x))
                 return x, jnp.stack(outputs)
 
@@ -200,7 +241,7 @@ class Decoder(nnx.Module):
                 index, trainable, layer_caches = xs
                 written = []
                 for layer, cache in zip(stack.layers(trainable, stack.frozen, index), layer_caches, strict=True):
-                    x, cache = layer(x, seq, cache)
+                    x, cache, _ = layer(x, seq, cache)
                     written.append(cache)
                 return x, written
 

@@ -21,6 +21,7 @@ from fastft_jax.pallas_kernels.rms_norm import rms_norm
 from fastft_jax.quant import fp8
 from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.quant.glu_linear import glu_linear
+from fastft_jax.quant.grouped_lora import grouped_lora_linear
 from fastft_jax.quant.lora_linear import Projection, contract, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
 from fastft_jax.quant.trained_linear import trained_linear
@@ -79,6 +80,25 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T K"], keep: Keep, dropout_key: Array | None = None) -> Float[Array, "B T N"]:
         return project((self,), x, keep, (dropout_key,))
+
+
+class ExpertLinear(Linear):
+    """E linears side by side, `y[m] = x[m] W_e^T + scaling (x[m] A_e^T) B_e^T` for the rows m of expert e.
+
+    weight [L, E, N, K]; lora_A [r, E, R, K] and lora_B [r, E, N, R]; no bias and no dropout. Called through
+    `project_experts`.
+    """
+
+    def __init__(self, weight, num_experts: int):
+        super().__init__(weight)
+        self.num_experts = num_experts
+
+
+def project_experts(
+    linears: Sequence[ExpertLinear], x: Float[Array, "M K"], sizes: Int[Array, "E"], keep: Keep
+) -> Float[Array, "M N"]:
+    """The outputs of linears that read the same rows, sorted by expert (`sizes` of each), side by side in one array."""
+    return grouped_lora_linear(x, sizes, [_projection(m) for m in linears], [m.scaling for m in linears], keep)
 
 
 def project(

@@ -19,7 +19,7 @@ from fastft_jax.models.adapter_swap import Originals
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.dora import stacked_row_norms
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.models.layers import Linear
+from fastft_jax.models.layers import ExpertLinear, Linear
 from fastft_jax.models.lora_ends import trained_ends
 from fastft_jax.models.whole_modules import saveable
 
@@ -28,13 +28,14 @@ INITIALISATIONS = (True, False, "gaussian")
 
 @dataclass(frozen=True)
 class Site:
-    """One Hugging Face module as our decoder holds it: a row of a stacked linear."""
+    """One Hugging Face module as our decoder holds it: a row of a stacked linear, or one expert in it."""
 
     hf_path: str  # model.layers.3.self_attn.q_proj
     path: str  # self_attn.q_proj
     linear: Linear
     row: int
     layer: int
+    expert: int | None = None
 
     @property
     def adapted(self) -> bool:
@@ -47,7 +48,9 @@ def sites(decoder: Decoder, names: NameTable) -> Iterator[Site]:
     for layer in range(decoder.config.num_hidden_layers):
         s, p, row = decoder.config.place_of(layer)
         for path, linear in layer_linears(decoder.segments[s][p]):
-            yield Site(names.hf_name(f"{path}.weight", layer).removesuffix(".weight"), path, linear, row, layer)
+            for expert in range(linear.num_experts) if isinstance(linear, ExpertLinear) else (None,):
+                name = names.hf_name(f"{path}.weight", layer, expert)
+                yield Site(name.removesuffix(".weight"), path, linear, row, layer, expert)
 
 
 def layer_linears(layer: nnx.Module) -> list[tuple[str, Linear]]:
@@ -67,7 +70,7 @@ def add_lora(
     use_dora: bool = False,
     seed: int = 3407,
 ) -> None:
-    """Attach float32 A [rows, R, K] and B [rows, N, R] to the targets' linears, in place.
+    """Attach float32 A [rows, R, K] and B [rows, N, R] to the targets' linears, in place; [rows, E, ...] to experts.
 
     r and scaling: one for all targets, or one for each; a stack is as wide as its largest rank (see `Linear`).
     init True: A ~ U(-1/sqrt(K), 1/sqrt(K)) (kaiming-uniform with a = sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r^2),
@@ -78,11 +81,8 @@ def add_lora(
     by_linear: dict[int, list[tuple[Site, int, float]]] = {}
     for target in each:
         by_linear.setdefault(id(target[0].linear), []).append(target)
-    stacks = [sorted(group, key=lambda target: target[0].row) for group in by_linear.values()]
-    shapes = tuple(
-        (len(group), *group[0][0].linear.weight.get_value().shape[-2:], max(rank for _, rank, _ in group))
-        for group in stacks
-    )
+    stacks = [_one_a_row(group) for group in by_linear.values()]
+    shapes = tuple((len(group), *_matrices(group[0][0].linear), max(rank for _, rank, _ in group)) for group in stacks)
     pairs = _initial(np.uint32(seed & 0xFFFFFFFF), init, shapes)
     for group, (a, b) in zip(stacks, pairs, strict=True):
         linear, rows = group[0][0].linear, tuple(site.row for site, _, _ in group)
@@ -103,6 +103,11 @@ def _each(value: Any, count: int) -> Sequence[Any]:
     return [value] * count if isinstance(value, int | float) else value
 
 
+def _one_a_row(group: list[tuple[Site, int, float]]) -> list[tuple[Site, int, float]]:
+    """The targets of a stack by row; of a layer's experts, which share their rank and scaling, one."""
+    return [target for _, target in sorted({target[0].row: target for target in group}.items())]
+
+
 def _of_own_ranks(a: Array, b: Array, ranks: np.ndarray, init: bool | str) -> tuple[Array, Array]:
     """A and B drawn for the largest rank, as if drawn for each layer's own: zeros beyond it, the rest of its scale."""
     inside, widest = np.arange(a.shape[1]) < ranks[:, None], a.shape[1]
@@ -112,18 +117,18 @@ def _of_own_ranks(a: Array, b: Array, ranks: np.ndarray, init: bool | str) -> tu
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _initial(seed, init: bool | str, shapes: tuple[tuple[int, int, int, int], ...]) -> list[tuple[Array, Array]]:
-    """A and B for linears of (rows, N, K, R), in one program: a start-up is made of compiling."""
+def _initial(seed, init: bool | str, shapes: tuple[tuple[int, ...], ...]) -> list[tuple[Array, Array]]:
+    """A and B for linears of (rows, N, K, R) or (rows, E, N, K, R), in one program: start-ups are made of compiling."""
     keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(seed), len(shapes)))
 
     def within(key, shape, bound):
         return jax.random.uniform(key, shape, minval=-1, maxval=1) / math.sqrt(bound)
 
     def draw_a(key, shape):
-        return jax.random.normal(key, shape) / shape[1] if init == "gaussian" else within(key, shape, shape[-1])
+        return jax.random.normal(key, shape) / shape[-2] if init == "gaussian" else within(key, shape, shape[-1])
 
-    a = _draw_each(draw_a, keys[:, 0], [(rows, r, k) for rows, _, k, r in shapes])
-    shapes_b = [(rows, n, r) for rows, n, _, r in shapes]
+    a = _draw_each(draw_a, keys[:, 0], [(*lead, r, k) for *lead, _, k, r in shapes])
+    shapes_b = [(*lead, n, r) for *lead, n, _, r in shapes]
     if init is False:
         return list(
             zip(a, _draw_each(lambda key, shape: within(key, shape, shape[-1]), keys[:, 1], shapes_b), strict=True)
@@ -170,12 +175,16 @@ def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Arr
     own rank), `.lora_magnitude_vector` [N], `<path>.bias`, `lora_embedding_A` [R, V] and `_B` [D, R], and the weights
     of modules trained whole under their own names."""
     out: dict[str, Array] = {}
+    on_host: dict[int, np.ndarray] = {}  # experts are many: slices of a device array would take seconds
     for site in sites(decoder, names):
         linear, at = site.linear, _position(site.linear.adapted_rows, site.row)
         if linear.adapted and at is not None:
             rank = slice(None) if linear.ranks is None else slice(linear.ranks[at])
-            out[f"{site.hf_path}.lora_A.weight"] = linear.lora_A.get_value()[at][rank]
-            out[f"{site.hf_path}.lora_B.weight"] = linear.lora_B.get_value()[at][:, rank]
+            a, b = (leaf.get_value() for leaf in (linear.lora_A, linear.lora_B))
+            if site.expert is not None:
+                a, b = (on_host.setdefault(id(leaf), np.asarray(leaf))[:, site.expert] for leaf in (a, b))
+            out[f"{site.hf_path}.lora_A.weight"] = a[at][rank]
+            out[f"{site.hf_path}.lora_B.weight"] = b[at][:, rank]
             if linear.magnitude is not None:
                 out[f"{site.hf_path}.lora_magnitude_vector"] = linear.magnitude.get_value()[at]
         at = _position(linear.trained_bias_rows, site.row)
@@ -194,6 +203,7 @@ def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Arr
 def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[str, Array]) -> None:
     """The inverse of `trainable_tensors`: every trained leaf takes its values from `tensors`, as float32."""
     stacks: dict[int, tuple[nnx.Variable, dict[int, Array]]] = {}
+    experts: dict[int, tuple[nnx.Variable, np.ndarray]] = {}  # filled on the host: they are many
 
     def put(variable: nnx.Variable | None, at: int | None, name: str, shape: tuple[int, ...] | None = None) -> None:
         if variable is None or at is None:
@@ -205,6 +215,14 @@ def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[s
 
     for site in sites(decoder, names):
         linear, at = site.linear, _position(site.linear.adapted_rows, site.row)
+        if site.expert is not None:
+            if linear.adapted and at is not None:
+                for leaf in ("lora_A", "lora_B"):
+                    variable = getattr(linear, leaf)
+                    fresh = (variable, np.empty(variable.get_value().shape, np.float32))
+                    values = experts.setdefault(id(variable), fresh)[1]
+                    values[at, site.expert] = tensors[f"{site.hf_path}.{leaf}.weight"]
+            continue
         if linear.adapted:
             put(linear.lora_A, at, f"{site.hf_path}.lora_A.weight", linear.lora_A.get_value().shape[1:])
             put(linear.lora_B, at, f"{site.hf_path}.lora_B.weight", linear.lora_B.get_value().shape[1:])
@@ -221,6 +239,8 @@ def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[s
         variable.set_value(jnp.array(tensors[name], jnp.float32, copy=True))
     for variable, parts in stacks.values():
         variable.set_value(jnp.stack([parts[i] for i in sorted(parts)]))
+    for variable, values in experts.values():
+        variable.set_value(jnp.asarray(values))
 
 
 def start_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Array, "..."]]:
@@ -250,6 +270,12 @@ def _position(rows: tuple[int, ...] | None, row: int) -> int | None:
     if rows is None:
         return row
     return rows.index(row) if row in rows else None
+
+
+def _matrices(linear: Linear) -> tuple[int, ...]:
+    """(N, K), with (E,) before it for experts."""
+    shape = linear.weight.get_value().shape[-2:]
+    return (linear.num_experts, *shape) if isinstance(linear, ExpertLinear) else shape
 
 
 def _stack_size(linear: Linear) -> int:

@@ -20,14 +20,14 @@ from fastft_jax.pallas_kernels.glu.reference import ACTIVATIONS
 class GatedMLP(nnx.Module):
     """`down(act(gate(n)) * up(n))` with n = norm(x); gate and up may be one linear. Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, config: DecoderConfig, load):
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(self, config: DecoderConfig, load, path: str = "mlp", width: int | None = None):
+        d, f, bias = config.hidden_size, width or config.intermediate_size, config.mlp_bias
         if config.fused_projections:
-            self.gate_up_proj = load.linear("mlp.gate_up_proj", 2 * f, d, bias)
+            self.gate_up_proj = load.linear(f"{path}.gate_up_proj", 2 * f, d, bias)
         else:
-            self.gate_proj = load.linear("mlp.gate_proj", f, d, bias)
-            self.up_proj = load.linear("mlp.up_proj", f, d, bias)
-        self.down_proj = load.linear("mlp.down_proj", d, f, bias)
+            self.gate_proj = load.linear(f"{path}.gate_proj", f, d, bias)
+            self.up_proj = load.linear(f"{path}.up_proj", f, d, bias)
+        self.down_proj = load.linear(f"{path}.down_proj", d, f, bias)
         self.fused, self.activation = config.fused_projections, config.activation
 
     def __call__(

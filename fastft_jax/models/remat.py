@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 from fastft_jax.errors import ConfigError
 
 LAYER_INPUT = "layer_input"
-RESIDUAL_NAMES = (LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h", "block_out")
+# Which experts each token goes to: a few kilobytes, and computed again it might differ by a rounding, after which no
+# kept row of an expert would be the right one.
+ROUTING = "routing"
+RESIDUAL_NAMES = (
+    *(LAYER_INPUT, "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h", "block_out"),
+    ROUTING,
+)
+ALWAYS = (LAYER_INPUT, ROUTING)  # kept whatever the policy says
 
 How = str | float  # "save", "offload", "recompute", or the share of the layers that save
 Policy = tuple[tuple[str, How], ...]  # a user's own table, as pairs so that it can be a static argument
@@ -41,7 +48,8 @@ def resolve_policy(value: str | bool | Mapping[str, How]) -> str | Policy:
         if unknown:
             raise ConfigError(
                 f"use_gradient_checkpointing: bad entries {unknown}; names are {', '.join(RESIDUAL_NAMES)}, "
-                f"values save, offload, recompute, or (but for {LAYER_INPUT}) the share of the layers that save, as 0.5"
+                f"values save, offload, recompute, or (but for {' and '.join(ALWAYS)}) the share of the layers that "
+                "save, as 0.5"
             )
         return tuple(sorted(value.items()))
     name = ALIASES.get(value, value) if isinstance(value, str | bool) else None
@@ -65,10 +73,9 @@ class Part(NamedTuple):
 
 
 def parts(policy: str | Policy, count: int) -> tuple[Part, ...]:
-    """A stack of `count` layers cut where a share begins; layer inputs are always kept."""
-    table = {LAYER_INPUT: "save", **table_of(policy)}
-    if table[LAYER_INPUT] == "recompute":
-        table[LAYER_INPUT] = "save"
+    """A stack of `count` layers cut where a share begins; layer inputs and routing are always kept."""
+    table = {**dict.fromkeys(ALWAYS, "save"), **table_of(policy)}
+    table |= {name: "save" for name in ALWAYS if table[name] == "recompute"}
     begins = {name: count - round(how * count) for name, how in table.items() if not isinstance(how, str)}
     cuts = sorted({0, count, *begins.values()})
 
@@ -84,4 +91,4 @@ def parts(policy: str | Policy, count: int) -> tuple[Part, ...]:
 def _is_how(name: str, how: Any) -> bool:
     if isinstance(how, str):
         return how in ("save", "offload", "recompute")
-    return name != LAYER_INPUT and isinstance(how, float) and 0.0 < how < 1.0
+    return name not in ALWAYS and isinstance(how, float) and 0.0 < how < 1.0

@@ -1,5 +1,7 @@
 """The loop over a segment's layers and its derivative, both written out.
 
+A layer gives its output and, where something is summed over layers (a router's load), what it adds to that sum.
+
 The forward loop stores what the remat policy keeps of each layer; the backward loop traces the layer again, with the
 kept values read back (`residuals.py`), and pulls the cotangent through it. A policy that treats the last layers
 otherwise makes two loops of each. Against differentiating `lax.scan` under `jax.checkpoint` this spares, on a GPU, a
@@ -19,59 +21,71 @@ from jaxtyping import Array, Float
 from fastft_jax.models.remat import LAYER_INPUT, Part, Policy, parts
 from fastft_jax.models.residuals import Buffers, Keep, Probe, Reader, Writer, fetch
 
-# layer(x, trainable, frozen, index, keep) -> x; trainable: this layer's leaves; frozen: what `index` selects from
-LayerFn = Callable[[Float[Array, "B T D"], Any, Any, Array, Keep], Float[Array, "B T D"]]
+# layer(x, trainable, frozen, index, keep) -> x, addend; trainable: this layer's leaves; frozen: what `index` selects
+# from; addend: any pytree of arrays
+LayerFn = Callable[[Float[Array, "B T D"], Any, Any, Array, Keep], tuple[Float[Array, "B T D"], Any]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def run_layers(
     layer: LayerFn, count: int, policy: str | Policy, x: Float[Array, "B T D"], trainable: Any, frozen: Any
-) -> Float[Array, "B T D"]:
-    """x after layers 0..count-1. `trainable` leaves are stacked [L, ...] and differentiable, as x is; `frozen` is not.
+) -> tuple[Float[Array, "B T D"], Any]:
+    """x after layers 0..count-1, and the sum of their addends.
 
-    Memory between the loops is `policy`'s: layer inputs always, and the names it saves or offloads.
+    `trainable` leaves are stacked [L, ...] and differentiable, as x is; `frozen` is not. Memory between the loops is
+    `policy`'s: layer inputs always, and the names it saves or offloads.
     """
 
-    def body(index, x):
+    def run(x, index):
         return layer(x, _at(trainable, index), frozen, index, Keep())
 
-    return lax.fori_loop(0, count, body, x)
+    def body(index, carry):
+        x, total = carry
+        x, addend = run(x, index)
+        return x, _add(total, addend)
+
+    return lax.fori_loop(0, count, body, (x, _zeros(jax.eval_shape(run, x, 0)[1])))
 
 
 def _forward(layer, count, policy, x, trainable, frozen):
-    kept = []
+    kept, totals = [], []
     for part in parts(policy, count):
-        x, buffers = _forward_part(layer, part, x, trainable, frozen)
+        x, total, buffers = _forward_part(layer, part, x, trainable, frozen)
         kept.append(buffers)
-    return x, (kept, trainable, frozen)
+        totals.append(total)
+    return (x, functools.reduce(_add, totals)), (kept, trainable, frozen)
 
 
-def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen) -> tuple[Array, Buffers]:
-    """x after the layers of `part`, and what they keep."""
+def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen) -> tuple[Array, Any, Buffers]:
+    """x after the layers of `part`, the sum of their addends, and what they keep."""
 
     def run(x, index, keep):
         return layer(keep(LAYER_INPUT, x), _at(trainable, index), frozen, index, keep)
 
     probe = Probe(part.table)
-    jax.eval_shape(lambda x: run(x, jnp.int32(0), probe), x)
+    _, addend = jax.eval_shape(lambda x: run(x, jnp.int32(0), probe), x)
 
     def body(index, carry):
-        x, buffers = carry
+        x, total, buffers = carry
         keep = Writer(part.table, buffers, index - part.start)
-        return run(x, index, keep), keep.buffers
+        x, addend = run(x, index, keep)
+        return x, _add(total, addend), keep.buffers
 
-    return lax.fori_loop(part.start, part.stop, body, (x, probe.buffers(part.stop - part.start)))
+    return lax.fori_loop(part.start, part.stop, body, (x, _zeros(addend), probe.buffers(part.stop - part.start)))
 
 
-def _backward(layer, count, policy, residuals, dy):
+def _backward(layer, count, policy, residuals, cotangents):
     kept, trainable, frozen = residuals
+    dy, d_total = cotangents
     gradients = jax.tree.map(jnp.zeros_like, trainable)
     for part, buffers in reversed(list(zip(parts(policy, count), kept, strict=True))):
-        dy, gradients = _backward_part(layer, part, buffers, dy, gradients, trainable, frozen)
+        dy, gradients = _backward_part(layer, part, buffers, dy, d_total, gradients, trainable, frozen)
     return dy, gradients, None
 
 
-def _backward_part(layer: LayerFn, part: Part, buffers: Buffers, dy, gradients, trainable, frozen) -> tuple[Array, Any]:
+def _backward_part(
+    layer: LayerFn, part: Part, buffers: Buffers, dy, d_total, gradients, trainable, frozen
+) -> tuple[Array, Any]:
     """The cotangent of what entered `part`, and the gradients with its layers' written in their places."""
     count = part.stop - part.start
 
@@ -83,7 +97,7 @@ def _backward_part(layer: LayerFn, part: Part, buffers: Buffers, dy, gradients, 
         keep = Reader(part.table, buffers, fetched, here)
         run = lambda x, leaves: layer(x, leaves, frozen, index, keep)  # noqa: E731
         _, pull_back = jax.vjp(run, keep.stored(f"{LAYER_INPUT}/0"), _at(trainable, index))
-        dx, d_leaves = pull_back(dy)
+        dx, d_leaves = pull_back((dy, d_total))
         put = lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, index, 0)  # noqa: E731
         return dx, jax.tree.map(put, gradients, d_leaves), coming
 
@@ -92,6 +106,14 @@ def _backward_part(layer: LayerFn, part: Part, buffers: Buffers, dy, gradients, 
 
 
 run_layers.defvjp(_forward, _backward)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _at(leaves: Any, index: Array) -> Any:

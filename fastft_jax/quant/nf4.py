@@ -17,12 +17,16 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import nf4
 from fastft_jax.pallas_kernels.nf4 import NF4_CODE, Implementation, dynamic_map
+from fastft_jax.pallas_kernels.nf4.reference import decode_absmax
 from fastft_jax.quant import blockwise
 from fastft_jax.quant.exact import cascade_mean, divide
 
 BLOCK = 64
 
-__all__ = ["BLOCK", "NF4_CODE", "NF4Array", "dequantize", "from_bitsandbytes", "quantize", "stack", "to_bitsandbytes"]
+__all__ = [
+    *("BLOCK", "NF4_CODE", "NF4Array", "dequantize", "dequantize_stack", "from_bitsandbytes", "quantize", "stack"),
+    "to_bitsandbytes",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +35,9 @@ class NF4Array:
     """A matrix W [N, K] (or a stack of them) as a pytree: its arrays, and the shape of one matrix as static data.
 
     W is flattened row by row into G = ceil(N K / 64) blocks; the last one is padded with zeros. Byte j of a block holds
-    element j in its high nibble and element j + 32 in its low one. `lead` is () or (L,) for a stack of L layers. With
-    `layer`, the array stands for that matrix of the stack: a loop over layers reads the stack where it lies.
+    element j in its high nibble and element j + 32 in its low one. `lead` is () or (L,) for a stack of L layers, and
+    (L, E) where each layer has E matrices, every one with blocks, scales and an offset of its own. With `layer`, the
+    array stands for that row of the stack: a loop over layers reads the stack where it lies.
     `compute` is what products with W are computed in: "fp8", or None for the dtype of the other factor.
     """
 
@@ -119,6 +124,18 @@ def dequantize(
     n = math.prod(q.shape)
     flat = blocks.reshape(-1)
     return (flat if flat.size == n else flat[:n]).reshape(q.shape)
+
+
+def dequantize_stack(q: NF4Array, dtype: jax.typing.DTypeLike) -> Float[Array, "E N K"]:
+    """`dequantize` of E matrices at once, the same values: `q` has lead (E,), or (L, E) and a layer."""
+    q = q.sliced()
+    absmax = q.absmax
+    if q.absmax_scale is not None:  # scales of 256 blocks do not run on from one matrix to the next
+        absmax = jax.vmap(decode_absmax)(absmax, q.absmax_scale, q.absmax_offset)
+    blocks = nf4.dequantize(q.codes.reshape(-1, BLOCK // 2), absmax.reshape(-1), dtype=dtype)
+    rows = blocks.reshape(q.codes.shape[0], -1)
+    n = math.prod(q.shape)
+    return (rows if rows.shape[1] == n else rows[:, :n]).reshape(-1, *q.shape)
 
 
 def stack(arrays: Sequence[NF4Array]) -> NF4Array:

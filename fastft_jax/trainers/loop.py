@@ -28,7 +28,7 @@ from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
 from fastft_jax.trainers.compile import compile_step, compiler_options, program_bytes
 from fastft_jax.trainers.data import BatchSource
 from fastft_jax.trainers.diagnose import first_non_finite
-from fastft_jax.trainers.flops import useful_flops
+from fastft_jax.trainers.flops import active_parameters, useful_flops
 from fastft_jax.trainers.optim import make_optimizer
 from fastft_jax.trainers.options import fingerprint
 from fastft_jax.trainers.report import Reporter
@@ -83,7 +83,7 @@ class Loop:
         if not jax.tree.leaves(self.trainable):
             raise ConfigError("the model has nothing to train; call FastLanguageModel.get_peft_model first")
         self.opt_state = jax.jit(self.optimizer.init)(self.trainable)
-        self._trainable_count = sum(x.size for x in jax.tree.leaves(self.trainable))
+        self._active_count = active_parameters(model.decoder.config, self.trainable)
         self._eval_step = None
 
     def resume(self, resume_from_checkpoint: bool | str | None) -> int:
@@ -247,7 +247,7 @@ class Loop:
         if not metrics["finite"]:
             self._fail(step, batch, metrics)
         flops = useful_flops(
-            self.model.decoder.config, batch, self._trainable_count, full_finetuning=self.model.full_finetuning
+            self.model.decoder.config, batch, self._active_count, full_finetuning=self.model.full_finetuning
         )
         window.add(metrics["loss"], batch, flops)
         if step % self.args.logging_steps == 0 or step == self.total_steps:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.remat import Policy
+from fastft_jax.models.router import load_balancing_loss
 from fastft_jax.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 Batch = dict[str, Int[Array, "..."]]  # input_ids, labels, positions, segment_ids; [B, T], or [k, B, T] in a train step
@@ -34,17 +35,27 @@ def token_loss(
 
     batch arrays are [B, T]; labels are already shifted: labels[t] is what position t should predict, -100 nothing.
     """
-    hidden = decoder.hidden_states(
+    return _losses(decoder, batch, options, dropout_key, with_accuracy)[0]
+
+
+def _losses(
+    decoder: Decoder, batch: Batch, options: LossOptions, dropout_key: Array | None = None, with_accuracy: bool = False
+) -> tuple[tuple[Float[Array, ""], Int[Array, ""]], Float[Array, ""] | float]:
+    """`token_loss`, and the load-balancing loss of the routers times its coefficient: 0 where the model has it off."""
+    experts = decoder.config.experts
+    balanced = experts is not None and experts.aux_loss_coef is not None
+    hidden, load = decoder.hidden_states_and_load(
         batch["input_ids"],
         batch["positions"],
         None if options.max_segments is None else batch["segment_ids"],
+        batch["segment_ids"] > 0 if balanced else None,
         max_segments=options.max_segments,
         max_document_length=options.max_document_length,
         policy=options.policy,
         dropout_key=dropout_key,
     )
     head_key = None if dropout_key is None else jax.random.fold_in(dropout_key, decoder.config.num_hidden_layers)
-    return linear_cross_entropy(
+    losses = linear_cross_entropy(
         *decoder.head_product(hidden.reshape(-1, hidden.shape[-1]), head_key),
         batch["labels"].reshape(-1),
         chunk_size=options.chunk_size,
@@ -53,6 +64,10 @@ def token_loss(
         softcap=decoder.config.final_softcap,
         logit_scale=decoder.config.logit_scale,
     )
+    if load is None:
+        return losses, 0.0
+    rows = jnp.sum(batch["segment_ids"] > 0) * sum(kind.sparse for kind in decoder.config.layer_kinds)
+    return losses, experts.aux_loss_coef * load_balancing_loss(load, rows)
 
 
 def gradients(
@@ -66,7 +81,8 @@ def gradients(
     """Mean loss over the labelled tokens of all k micro-batches [k, B, T], and its gradient for `trainable`.
 
     Each micro-batch contributes its sum divided by the count of all of them, so k micro-batches equal one batch of k
-    times the rows.
+    times the rows. The routers' load-balancing loss, where the model's config.json turns it on, is not linear in the
+    rows: the mean of the micro-batches' own is added.
     """
     count = jnp.maximum(jnp.sum(batch["labels"] != IGNORED), 1)
     steps = batch["labels"].shape[0]
@@ -74,7 +90,8 @@ def gradients(
 
     def loss(trainable, micro, micro_key):
         decoder = nnx.merge(definition, trainable, frozen)
-        return token_loss(decoder, micro, options, micro_key)[0] / count
+        (summed, _), balance = _losses(decoder, micro, options, micro_key)
+        return summed / count + balance / steps
 
     def add(total, xs):
         micro, micro_key = xs

@@ -45,7 +45,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_loss_and_adapter_gradient_stay_close_to_bfloat16(model, monkeypatch):
     fused = []
-    monkeypatch.setattr(layers, "fp8_mlp", lambda *a: (fused.append(a), fp8_mlp(*a))[1])
+    monkeypatch.setattr(layers, "fp8_mlp", lambda *a, **k: (fused.append(a), fp8_mlp(*a, **k))[1])
     assert set(computes(model).values()) == {"fp8"}
     loss, gradient = loss_and_gradient(model, "none")
     assert fused

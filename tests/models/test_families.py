@@ -184,6 +184,42 @@ def cohere(d, f, layers, heads, kv, theta, model_type="cohere", **more):
     return layer_norm(published(model_type, d, f, layers, heads, kv, 256000, 8192, **more))
 
 
+def mixtral(d, f, layers, heads, vocab, longest, **more):
+    off = {"output_router_logits": False, "sliding_window": None, "attention_dropout": 0.0}
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.02}
+    return published("mixtral", d, f, layers, heads, 8, vocab, longest, rope_theta=1e6, **off, **experts, **more)
+
+
+def qwen_moe(model_type, d, f, width, layers, heads, kv, experts, top_k, **more):
+    more |= {"moe_intermediate_size": width, "num_experts": experts, "num_experts_per_tok": top_k}
+    more |= {"decoder_sparse_step": 1, "output_router_logits": False, "router_aux_loss_coef": 0.001}
+    return qwen(model_type, d, f, layers, heads, kv, 151936, 40960, **more)
+
+
+QWEN3_MOE = {"attention_bias": False, "mlp_only_layers": []}
+PHI_35_MOE = {
+    "attention_bias": True,
+    "input_jitter_noise": 0.01,
+    "lm_head_bias": True,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 16,
+    "original_max_position_embeddings": 4096,
+    "output_router_logits": False,
+    "rope_scaling": {
+        "long_factor": [1.0 + i for i in range(64)],  # their values are not what is tested here
+        "long_mscale": 1.243163121016122,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 64,
+        "short_mscale": 1.243163121016122,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.0,
+    "router_jitter_noise": 0.01,
+    "sliding_window": 131072,
+}
+
+
 def stablelm(d, f, layers, heads, vocab, **more):
     more = {"partial_rotary_factor": 0.25, "rope_theta": 10000, "use_qkv_bias": False, "qk_layernorm": False} | more
     return layer_norm(published("stablelm", d, f, layers, heads, heads, vocab, 4096, **more))
@@ -311,6 +347,25 @@ RELEASED = {
     "c4ai-command-r7b-12-2024": (cohere(4096, 14336, 32, 32, 8, 5e4, **COMMAND_R7B), 8_028_033_024),
     "stablelm-3b-4e1t": (stablelm(2560, 6912, 32, 32, 50304), 2_795_443_200),
     "stablelm-2-1_6b": (stablelm(2048, 5632, 24, 32, 100352, use_qkv_bias=True), 1_644_515_328),
+    "Mixtral-8x7B-v0.1": (mixtral(4096, 14336, 32, 32, 32000, 32768), 46_702_792_704),
+    "Mixtral-8x22B-v0.1": (mixtral(6144, 16384, 56, 48, 32000, 65536), 140_620_634_112),
+    "Qwen1.5-MoE-A2.7B": (
+        qwen_moe("qwen2_moe", 2048, 5632, 1408, 24, 16, 16, 60, 4, shared_expert_intermediate_size=5632),
+        14_315_784_192,
+    ),
+    "Qwen2-57B-A14B": (
+        qwen_moe("qwen2_moe", 3584, 18944, 2560, 28, 28, 4, 64, 8, shared_expert_intermediate_size=20480),
+        57_408_658_944,
+    ),
+    "Qwen3-30B-A3B": (
+        qwen_moe("qwen3_moe", 2048, 6144, 768, 48, 32, 4, 128, 8, head_dim=128, norm_topk_prob=True, **QWEN3_MOE),
+        30_532_122_624,
+    ),
+    "Qwen3-235B-A22B": (
+        qwen_moe("qwen3_moe", 4096, 12288, 1536, 94, 64, 4, 128, 8, head_dim=128, norm_topk_prob=True, **QWEN3_MOE),
+        235_093_634_560,
+    ),
+    "Phi-3.5-MoE-instruct": (published("phimoe", 4096, 6400, 32, 32, 8, 32064, 131072, **PHI_35_MOE), 41_873_153_344),
 }
 
 
@@ -370,6 +425,15 @@ def test_what_a_released_config_switches_on_is_on():
     )
     assert command.second_rope_layers == tuple(range(3, 32, 4)) and command.layer_windows == olmo3.layer_windows
     assert config("stablelm-3b-4e1t").rope.rotary_dim(80) == 20
+    mixtral_, qwen2_moe, qwen3_moe = (
+        config(name).experts for name in ("Mixtral-8x7B-v0.1", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B")
+    )
+    assert (mixtral_.num_experts, mixtral_.top_k, mixtral_.normalise, mixtral_.aux_loss_coef) == (8, 2, True, None)
+    assert (qwen2_moe.normalise, qwen2_moe.shared_intermediate_size, qwen2_moe.dense_layers) == (False, 5632, ())
+    assert (qwen3_moe.normalise, qwen3_moe.shared_intermediate_size, qwen3_moe.top_k) == (True, None, 8)
+    phimoe = config("Phi-3.5-MoE-instruct")
+    assert (phimoe.experts.router, phimoe.experts.router_epsilon, phimoe.head_bias) == ("sparsemixer", 0.01, True)
+    assert phimoe.rope.attention_factor == 1.243163121016122 and phimoe.norm_bias and phimoe.o_bias
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,15 @@ def test_policy_names_mean_themselves(name):
 
 def test_a_share_is_of_the_last_layers():
     table = {"gate_up": 0.25, "q": 0.5, "k": "save", "layer_input": "recompute"}
-    always = {"k": "save", "layer_input": "save"}
+    always = {"k": "save", "layer_input": "save", "routing": "save"}
     assert parts(resolve_policy(table), 8) == (
         (0, 4, always | {"q": "recompute", "gate_up": "recompute"}),
         (4, 6, always | {"q": "save", "gate_up": "recompute"}),
         (6, 8, always | {"q": "save", "gate_up": "save"}),
     )
-    assert parts(resolve_policy({"q": 0.1}), 3) == ((0, 3, {"layer_input": "save", "q": "recompute"}),)
-    assert parts("full", 3) == ((0, 3, {"layer_input": "save"}),)
+    always.pop("k")
+    assert parts(resolve_policy({"q": 0.1}), 3) == ((0, 3, always | {"q": "recompute"}),)
+    assert parts("full", 3) == parts(resolve_policy({"routing": "recompute"}), 3) == ((0, 3, always),)
 
 
 WRONG = ["gradient", None, {"q": "keep"}, {"queries": "save"}, ["q"], {"q": 1.5}, {"q": True}, {"layer_input": 0.5}]

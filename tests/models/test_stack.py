@@ -20,13 +20,15 @@ def arrays():
 def layer(x, trainable, frozen, index, keep):
     q = keep("q", jnp.tanh(x @ trainable["w"]))
     gate_up = keep.slot("gate_up", q * frozen["scale"][index])
-    return x + gate_up.read() * jnp.sin(q)
+    return x + gate_up.read() * jnp.sin(q), jnp.mean(q, axis=0)
 
 
 def written_out(x, trainable, frozen):
+    total = 0
     for i in range(LAYERS):
-        x = layer(x, {"w": trainable["w"][i]}, frozen, i, Keep())
-    return x
+        x, addend = layer(x, {"w": trainable["w"][i]}, frozen, i, Keep())
+        total += addend
+    return x, total
 
 
 @pytest.mark.parametrize(
@@ -41,12 +43,17 @@ def written_out(x, trainable, frozen):
 )
 def test_values_and_gradients_are_those_of_layers_written_out(policy):
     x, trainable, frozen = arrays()
-    loss = lambda f: jax.jit(jax.value_and_grad(lambda x, t: jnp.sum(f(x, t) ** 2), (0, 1)))  # noqa: E731
+    loss = lambda f: jax.jit(jax.value_and_grad(lambda x, t: squares(*f(x, t)), (0, 1)))  # noqa: E731
     ours = loss(lambda x, t: run_layers(layer, LAYERS, policy, x, t, frozen))(x, trainable)
     expected = loss(lambda x, t: written_out(x, t, frozen))(x, trainable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
     plain = jax.jit(lambda x: run_layers(layer, LAYERS, policy, x, trainable, frozen))(x)
-    np.testing.assert_allclose(plain, written_out(x, trainable, frozen), rtol=1e-5, atol=1e-5)
+    for a, b in zip(plain, written_out(x, trainable, frozen), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def squares(x, total):
+    return jnp.sum(x**2) + jnp.sum(total**3)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +76,8 @@ def test_what_is_kept_is_not_computed_again(policy, calls_of_all_layers):
     costly.defvjp(lambda value: (costly(value), None), lambda _, ct: (ct,))
 
     def counting(x, leaves, frozen, index, keep):
-        return x + jnp.sin(keep("q", costly(x @ leaves["w"])))
+        return x + jnp.sin(keep("q", costly(x @ leaves["w"]))), None
 
-    gradient = jax.jit(jax.grad(lambda t: jnp.sum(run_layers(counting, LAYERS, policy, x, t, frozen))))
+    gradient = jax.jit(jax.grad(lambda t: jnp.sum(run_layers(counting, LAYERS, policy, x, t, frozen)[0])))
     jax.block_until_ready(gradient(trainable))
     assert len(calls) == calls_of_all_layers

@@ -126,6 +126,46 @@ TINY: dict[str, tuple[str, dict]] = {
         dict(num_hidden_layers=2, use_parallel_residual=True) | _theta(1e4, partial_rotary_factor=0.25),
     ),
 }
+# mixtures of experts: tests/models/test_moe.py
+EXPERTS: dict[str, tuple[str, dict]] = {
+    "mixtral": ("mixtral", dict(num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
+    "qwen-2-moe": (
+        "qwen2_moe",
+        dict(
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=80,
+            num_hidden_layers=2,
+            mlp_only_layers=[0],
+        ),
+    ),
+    "qwen-3-moe": (
+        "qwen3_moe",
+        dict(
+            num_hidden_layers=2,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
+            decoder_sparse_step=2,
+            head_dim=24,
+        ),
+    ),
+    "phi-3.5-moe": (
+        "phimoe",
+        dict(
+            num_hidden_layers=2,
+            num_local_experts=4,
+            router_jitter_noise=0.2,
+            attention_bias=True,
+            lm_head_bias=True,
+            original_max_position_embeddings=64,
+            rope_parameters={key: value for key, value in LONGROPE.items() if key != "factor"}
+            | {"original_max_position_embeddings": 64, "rope_theta": 1e4, "short_mscale": 1.2, "long_mscale": 1.2},
+        ),
+    ),
+}
 
 
 def make_model(name: str, **changes):
@@ -133,13 +173,15 @@ def make_model(name: str, **changes):
     import torch
     import transformers
 
-    model_type, arguments = TINY[name]
+    model_type, arguments = (TINY | EXPERTS)[name]
     config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **arguments, **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name and parameter_name.endswith("weight"):
+            if "router" in parameter_name or parameter_name.endswith(("mlp.gate.weight", "expert_gate.weight")):
+                parameter.normal_(0, 0.05)  # softmax not saturated, and no two experts' scores nearly equal
+            elif "norm" in parameter_name and parameter_name.endswith("weight"):
                 middle = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + w
                 parameter.uniform_(middle - 0.5, middle + 0.5)
             else:

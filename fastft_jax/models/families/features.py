@@ -20,6 +20,7 @@ def features(config: DecoderConfig) -> list[str]:
     if c.second_rope is not None and c.second_rope.rope_type != "none" and c.second_rope != c.rope:
         found.append("another rope in windowed layers")
     found.append((_GATES if c.gated_mlp else _PLAIN)[c.activation])
+    found.append(_experts(c))
     found.append("fused qkv and gate_up" if c.fused_projections else None)
     biases = {"qkv": c.qkv_bias, "o": c.o_bias, "MLP": c.mlp_bias, "head": c.head_bias}
     found.append(f"biases ({', '.join(name for name, on in biases.items() if on)})" if any(biases.values()) else None)
@@ -33,6 +34,14 @@ def features(config: DecoderConfig) -> list[str]:
     found.append("final softcap" if c.final_softcap is not None else None)
     found.append("tied embeddings" if c.tie_word_embeddings else None)
     return [text for text in found if text]
+
+
+def _experts(config: DecoderConfig) -> str | None:
+    e = config.experts
+    if e is None:
+        return None
+    shared = "" if e.shared_intermediate_size is None else ", one shared"
+    return f"{e.top_k} of {e.num_experts} experts{shared}" + (" (sparsemixer)" if e.router == "sparsemixer" else "")
 
 
 def _windows(config: DecoderConfig) -> str | None:

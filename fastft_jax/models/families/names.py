@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 class NameTable:
     """Our path -> Hugging Face's name; what is not listed has the same path in both.
 
-    `layer_prefix` is completed with the layer index; `modules` are paths inside a layer. Names are those of the modules
+    `layer_prefix` is completed with the layer index; `modules` are paths inside a layer, those of experts with a place
+    for their number. Names are those of the modules
     in transformers, which adapters use; `stored_as` are other beginnings that checkpoints give them. `ignored` are
     endings, `ignored_under` beginnings of tensors that carry no weights of the decoder.
     """
@@ -28,12 +29,17 @@ class NameTable:
     ignored_under: tuple[str, ...] = ()
     stored_as: tuple[Mapping[str, str], ...] = ()
 
-    def hf_name(self, path: str, layer: int | None = None) -> str:
+    def hf_name(self, path: str, layer: int | None = None, expert: int | None = None) -> str:
         """`self_attn.q_proj.weight` of layer 3 -> `model.layers.3.self_attn.q_proj.weight`."""
         if layer is None:
             return self.top[path]
         module, _, kind = path.rpartition(".")
-        return f"{self.layer_prefix.format(layer)}{self.modules.get(module, module)}.{kind}"
+        module = self.modules.get(module, module)
+        return f"{self.layer_prefix.format(layer)}{module if expert is None else module.format(expert)}.{kind}"
+
+    def leaf(self, target: str) -> str:
+        """The name of a LoRA target here: gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral's experts."""
+        return self.modules.get(f"mlp.experts.{target}", target).rpartition(".")[2]
 
     def stored(self, has: Callable[[str], bool]) -> "NameTable":
         """The names of a checkpoint's tensors, of which `has` knows: these, or the first of `stored_as` that fits."""

@@ -13,6 +13,7 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "gemma3"),
     *("phi3", "phi", "granite", "smollm3", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe"),
 )
 
 
@@ -83,6 +84,11 @@ def _check(config: DecoderConfig) -> None:
             given = getattr(rope, key)
             if given is not None and len(given) != half:
                 raise CheckpointError(f"config.json: {key} has {len(given)} entries, not {int(half)}: one a pair")
+    experts = config.experts
+    if experts is not None and experts.top_k > experts.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok={experts.top_k} is more than the {experts.num_experts} experts there are"
+        )
     if len(config.layer_windows) != config.num_hidden_layers:
         raise CheckpointError(
             f"config.json: layer_types has {len(config.layer_windows)} entries for {config.num_hidden_layers} layers"

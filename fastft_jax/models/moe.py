@@ -1,0 +1,121 @@
+"""Mixture of experts: a router sends each token to a few of many gated feed-forward layers; none is dropped.
+
+Tokens are sorted by expert, and each projection is one grouped product over the sorted rows. Shazeer et al. 2017,
+arXiv:1701.06538; dropless as in Gale et al. 2022, arXiv:2211.15841.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.layers import Frozen, LayerNorm, RMSNorm, project_experts
+from fastft_jax.models.mlp import GatedMLP
+from fastft_jax.models.residuals import Keep, Slot
+from fastft_jax.models.router import route, router_load
+from fastft_jax.pallas_kernels.glu import glu
+from fastft_jax.quant.lora_linear import contract
+
+
+class Sorted(NamedTuple):
+    """Each token once for each of its k experts, sorted by expert: row i is token `order[i] // k`."""
+
+    order: Int[Array, "Mk"]
+    place: Int[Array, "Mk"]  # the inverse: token m's j-th expert has it in row place[m k + j]
+    sizes: Int[Array, "E"]  # rows of each expert
+
+
+def sort_by_expert(experts: Int[Array, "M k"], num_experts: int) -> Sorted:
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return Sorted(order, jnp.argsort(order), sizes)
+
+
+# The two are each other's derivative; written out, so that no scatter-add is needed.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread(k: int, x: Float[Array, "M D"], order: Int[Array, "Mk"], place: Int[Array, "Mk"]) -> Float[Array, "Mk D"]:
+    """Rows of tokens -> rows sorted by expert."""
+    return x[order // k]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def collect(k: int, y: Float[Array, "Mk D"], order: Int[Array, "Mk"], place: Int[Array, "Mk"]) -> Float[Array, "M D"]:
+    """Rows sorted by expert -> the sum of each token's k rows, in float32 with one cast."""
+    return jnp.sum(y[place].reshape(-1, k, y.shape[1]), axis=1, dtype=jnp.float32).astype(y.dtype)
+
+
+spread.defvjp(
+    lambda k, x, order, place: (spread(k, x, order, place), (order, place)),
+    lambda k, indices, dy: (collect(k, dy, *indices), None, None),
+)
+collect.defvjp(
+    lambda k, y, order, place: (collect(k, y, order, place), (order, place)),
+    lambda k, indices, dx: (spread(k, dx, *indices), None, None),
+)
+
+
+class Experts(nnx.Module):
+    """E gated feed-forward layers, `down_e(act(gate_e(x)) * up_e(x))`; weights [L, E, F, D] and [L, E, D, F]."""
+
+    def __init__(self, config: DecoderConfig, load):
+        e, f, d = config.experts.num_experts, config.experts.intermediate_size, config.hidden_size
+        self.gate_proj = load.experts("mlp.experts.gate_proj", e, f, d)
+        self.up_proj = load.experts("mlp.experts.up_proj", e, f, d)
+        self.down_proj = load.experts("mlp.experts.down_proj", e, d, f)
+        self.activation = config.activation
+
+    def __call__(
+        self, x: Float[Array, "M D"], weights: Float[Array, "M k"], experts: Int[Array, "M k"], keep: Keep
+    ) -> Float[Array, "M D"]:
+        """`sum_j weights[m, j] expert_{experts[m, j]}(x[m])`."""
+        k = experts.shape[1]
+        order, place, sizes = sort_by_expert(experts, self.down_proj.num_experts)
+        rows = spread(k, x, order, place)
+        gate_up = keep("gate_up", project_experts((self.gate_proj, self.up_proj), rows, sizes, keep))
+        act = glu(gate_up, activation=self.activation)
+        # Weighted before the last product and not behind it: its result is then not needed for the weights' gradient.
+        act = (act.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(act.dtype)
+        return collect(k, project_experts((self.down_proj,), act, sizes, keep), order, place)
+
+
+class MixtureOfExperts(nnx.Module):
+    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
+
+    router [L, E, D] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
+    """
+
+    def __init__(self, config: DecoderConfig, load):
+        c, d = config.experts, config.hidden_size
+        self.config = c
+        self.router = Frozen(load("mlp.router.weight", (c.num_experts, d)))
+        self.experts = Experts(config, load)
+        self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
+        if c.shared_intermediate_size is not None:
+            self.shared_expert = GatedMLP(config, load, "mlp.shared_expert", c.shared_intermediate_size)
+            self.shared_expert_gate = Frozen(load("mlp.shared_expert_gate.weight", (1, d)))
+
+    def __call__(
+        self,
+        x: Slot,
+        norm: RMSNorm | LayerNorm | None,
+        keep: Keep,
+        keys: Array | None = None,
+        counted: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Float[Array, "2 E"] | None]:
+        """The output, x for the residual connection, and the router's load over the `counted` tokens if any are."""
+        x = x.value
+        normed = x if norm is None else norm(x)
+        rows = normed.reshape(-1, x.shape[-1])
+        logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
+        out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
+        if self.shared_expert is not None:
+            gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
+            shared, _ = self.shared_expert(Slot(normed), None, keep, keys)
+            out = out + jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
+        load = None if counted is None else router_load(logits, self.config.top_k, counted.reshape(-1))
+        return out, x, load
