@@ -70,10 +70,10 @@ def base_in_use(decoder: Decoder) -> str:
     ]
     if not codes:
         return f"weights {weights[0].dtype.name}{' (trained)' if isinstance(linears[0].weight, nnx.Param) else ''}"
-    left = sum(not nf4.kernel_takes(each) for each in codes)
-    if left and pallas.on_gpu():
-        return f"nf4 triton, but xla for {left} of {len(codes)} stacks: they are more than 2 GiB"
-    return "nf4 xla" if left else "nf4 triton"
+    if not pallas.on_gpu():
+        return "nf4 xla"
+    copied = sum(each.size >= nf4.MAX_CODE_BYTES for each in codes)
+    return f"nf4 triton, {copied} of {len(codes)} stacks copied by layer (over 2 GiB)" if copied else "nf4 triton"
 
 
 def _attention(c: DecoderConfig, card: Card, *, packed: bool) -> Active:
@@ -109,21 +109,27 @@ def _rope(c: DecoderConfig, default: Active) -> Active:
 
 
 def _nf4(matrices: list[Matrix], default: Active) -> Active:
-    """The kernel decodes a stack of less than 2 GiB whose rows are whole blocks."""
+    """The kernel decodes where they lie the codes of a stack of less than 2 GiB whose rows are whole blocks."""
+    if default.why:
+        return default
     for (n, k), layers in matrices:
-        codes = jax.ShapeDtypeStruct((layers, math.ceil(n * k / 64), 32), jnp.uint8)
-        if default.why or not nf4.kernel_takes(codes):
-            return Active("xla", default.why or (f"{layers} matrices [{n}, {k}] are more than 2 GiB of codes",))
+        if layers * n * k // 2 >= nf4.MAX_CODE_BYTES:
+            return Active("triton", (f"{layers} matrices [{n}, {k}] are more than 2 GiB: codes are copied by layer",))
         if k % 64:
             return Active("triton", (f"[{n}, {k}] is not in whole blocks of 64: a copy more",))
     return default
+
+
+def _together(shape: tuple[int, int], layers: int) -> int:
+    """How many layers' codes a kernel sees: all, or the one copied out of a stack that is too large."""
+    return layers if layers * math.prod(shape) // 2 < nf4.MAX_CODE_BYTES else 1
 
 
 def _decoding(c: DecoderConfig, matrices: list[Matrix], default: Active) -> Active:
     """Whether new tokens are multiplied with the 4-bit codes as they are."""
     if c.experts is not None and not default.why:
         return Active("triton", ("all experts of a layer are decoded in whole for a new token",))
-    bad = [shape for shape, layers in matrices if not few_rows_take(1, shape, jnp.bfloat16, layers)]
+    bad = [shape for shape, layers in matrices if not few_rows_take(1, shape, jnp.bfloat16, _together(shape, layers))]
     if default.why or not bad:
         return default
     return Active("xla", (f"the few-row kernel does not take [{bad[0][0]}, {bad[0][1]}]",))

@@ -346,7 +346,14 @@ class _Stack(NamedTuple):
         """The layers of one turn of the loop."""
 
         def pick(leaf):
-            return leaf.at(index) if is_quantised(leaf) else leaf[index]
+            if is_quantised(leaf):
+                return leaf.at(index)
+            row = leaf[index]
+            if row.ndim == 1 and jnp.issubdtype(row.dtype, jnp.floating):
+                # A norm's weight or a bias. In their own dtype XLA would fetch these few kB by asynchronous copies, and
+                # queue those behind copies to the host, of 70 MB; a cast is a kernel, which runs at once.
+                row = row.astype(jnp.float32)
+            return row
 
         here = jax.tree.map(pick, frozen, is_leaf=is_quantised)
         return [nnx.merge(*parts) for parts in zip(self.definitions, trainable, here, strict=True)]

@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, Int, UInt8
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4 import reference
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
+from fastft_jax.pallas_kernels.nf4.reference import MAX_CODE_BYTES
 
 Implementation = Literal["xla", "triton"]
 
 __all__ = [
+    "MAX_CODE_BYTES",
     "NF4_CODE",
     "Implementation",
     "decode_into",
@@ -29,7 +31,7 @@ __all__ = [
 
 def kernel_takes(codes: UInt8[Array, "*L G 32"]) -> bool:
     """Whether the kernel is the default for these codes here: on a GPU, up to its 2 GiB."""
-    return pallas.on_gpu() and codes.size < 2**31
+    return pallas.on_gpu() and codes.size < MAX_CODE_BYTES
 
 
 def decode_into(

@@ -7,6 +7,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
 
+MAX_CODE_BYTES = 2**31
+"""Pallas's offsets are 32-bit for arrays up to 4 GiB, and signed: what a kernel reads must stay below 2 GiB."""
 GROUPS_PER_SCALE = 256
 """Blocks of 64 weights that share one scale of a double-quantised absmax."""
 

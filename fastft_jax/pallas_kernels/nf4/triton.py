@@ -8,12 +8,10 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
-from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, scale_and_shift
+from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, MAX_CODE_BYTES, scale_and_shift
 
 GROUPS_PER_PROGRAM = 32
 """Must divide 256. On an H200, [14336, 4096] to bfloat16: 43-48 us with 32, 45-50 with 64, 52 with 16 (XLA: 81)."""
-MAX_CODE_BYTES = 2**31
-"""Pallas's offsets are 32-bit for arrays up to 4 GiB, and signed: a byte array must stay below 2 GiB."""
 
 
 def _kernel(*refs, double: bool, scaled: bool, groups: int, row: int, blocks_a_row: int, pitch: int) -> None:
