@@ -57,7 +57,23 @@ def xla_cache(tmp_path_factory) -> Path:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+        # A tiny model's step compiles in less than jax's one second; a single operation is not worth a file
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return Path(jax.config.jax_compilation_cache_dir)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose time goes into compiling programs that run for milliseconds; their tolerances are wide enough.
+
+    Not where bits are compared between two programs or with another process, nor for interpreted kernels with large
+    blocks or real training runs, which take longer without LLVM's passes than these do to run.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from fastft_jax.models.lora import layer_linears
 from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.trainers.step import LossOptions, gradients
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def model(repo):

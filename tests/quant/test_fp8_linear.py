@@ -16,6 +16,8 @@ from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.lora_linear import Projection, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 E4M3 = ml_dtypes.float8_e4m3fn
 quantize = jax.jit(nf4.quantize, static_argnames="double_quant")
 

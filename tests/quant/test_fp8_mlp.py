@@ -15,6 +15,7 @@ from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.lora_linear import Projection
 from fastft_jax.quant.norm_linear import Norm, norm_linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 D, F, M = 64, 192, 70  # 70 rows: with up to 64 a GPU reads NF4 directly
 SCALINGS = (1.0, 0.5, 0.7)
 ALL = (4, 4, 4)

@@ -14,6 +14,7 @@ from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.lora_linear import Projection, lora_linear, room_of
 from fastft_jax.quant.norm_linear import Norm, norm_linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 quantize = jax.jit(nf4.quantize)
 dequantize = jax.jit(nf4.dequantize, static_argnums=1)
 

@@ -18,7 +18,7 @@ from fastft_jax.trainers.data import BatchSource
 from fastft_jax.trainers.report import METRICS
 
 FEW = ["q_proj", "down_proj"]
-pytestmark = pytest.mark.usefixtures("xla_cache")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "xla_cache")
 
 
 @pytest.fixture(scope="module")

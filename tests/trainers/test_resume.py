@@ -191,7 +191,28 @@ class Run:
 
 
 @pytest.fixture
-def start(base, tmp_path, xla_cache):
+def config(base, tmp_path):
+    """`config(name)`: the YAML of a run that writes to tmp_path / name / out."""
+
+    def write(name: str) -> Path:
+        path = tmp_path / name / "run.yaml"
+        if not path.exists():
+            path.parent.mkdir()
+            training = TRAINING | {"output_dir": str(path.parent / "out"), "max_steps": 18, "save_total_limit": 2}
+            sections = {
+                "model": {"model_name": str(base), "max_seq_length": tiny_run.MAX_LENGTH, "dtype": "float32"},
+                "lora": LORA,
+                "data": {"path": str(tiny_run.write_rows(tmp_path / "rows.jsonl", ROWS))},
+                "training": training,
+            }
+            path.write_text(yaml.safe_dump(sections))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start(config, tmp_path, xla_cache):
     """`start(name, *overrides)`: a Run that writes to tmp_path / name / out; killed when the test ends."""
     started: list[Run] = []
     env = os.environ | {
@@ -204,19 +225,8 @@ def start(base, tmp_path, xla_cache):
     }
 
     def run(name: str, *overrides: str) -> Run:
-        folder = tmp_path / name
-        config = folder / "run.yaml"
-        if not config.exists():
-            folder.mkdir()
-            training = TRAINING | {"output_dir": "out", "max_steps": 18, "save_total_limit": 2}
-            sections = {
-                "model": {"model_name": str(base), "max_seq_length": tiny_run.MAX_LENGTH, "dtype": "float32"},
-                "lora": LORA,
-                "data": {"path": str(tiny_run.write_rows(tmp_path / "rows.jsonl", ROWS))},
-                "training": training,
-            }
-            config.write_text(yaml.safe_dump(sections))
-        started.append(Run(config, folder / f"{len(started)}.log", env, *overrides))
+        path = config(name)
+        started.append(Run(path, path.parent / f"{len(started)}.log", env, *overrides))
         return started[-1]
 
     yield run
@@ -227,27 +237,20 @@ def start(base, tmp_path, xla_cache):
 
 
 def test_killed_and_signalled_at_several_moments_the_command_ends_with_the_same_bytes(start):
+    """Each process costs seconds of imports; what a kill leaves before the first checkpoint or between two is above."""
     whole = start("whole")
     whole.finish()
     resume = "training.resume_from_checkpoint=true"
 
     run = start("broken")
-    run.freeze_when(lambda: run.steps() and not list(run.folder.glob("checkpoint-*")))
-    run.kill()  # before the first checkpoint
-
-    run = start("broken", resume)
     run.freeze_when(lambda: run.saving() and len(run.steps()) > 3)
     run.kill()
     assert run.saving() and _complete(run.folder)  # during a save, with an older checkpoint there
 
-    run = start("broken", resume)
-    run.freeze_when(lambda: len(run.steps()) >= 2 and run.steps()[-1] not in _complete(run.folder) and not run.saving())
-    assert run.steps()[0] == max(_before(run)) + 1
-    run.kill()  # between two checkpoints
-
     for number in (signal.SIGTERM, signal.SIGINT):
         run = start("broken", resume)
         run.freeze_when(lambda run=run: run.steps())
+        assert run.steps()[0] == max(_before(run)) + 1
         run.ask_to_stop(number)
         last = run.steps()[-1]
         assert last < 18 and last in _complete(run.folder)

@@ -17,6 +17,7 @@ from fastft_jax import FastLanguageModel
 from fastft_jax.models import layers, lora
 from fastft_jax.trainers.step import LossOptions, gradients
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 K, ROWS, T = 4, 2, 32
 VOCAB = tiny.COMMON["vocab_size"]
 compiled_gradients = jax.jit(gradients, static_argnums=(0, 4))
