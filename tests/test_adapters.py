@@ -28,12 +28,7 @@ GOLDEN = "all7 basic bf16 dora embed_lora layers_1_3 modules_to_save norms_saved
 IDS = np.random.default_rng(0).integers(0, tiny.COMMON["vocab_size"], (2, 12))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests' time goes into."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def load(folder, **options):

@@ -1,8 +1,6 @@
 """A trained Llama (stories260K) and published data sets go through the command line, and PEFT repeats the result."""
 
 import json
-import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -140,48 +138,6 @@ def check_against_peft(adapter: Path) -> None:
             expected = model(torch.tensor([rows[i]])).logits[0].numpy()
         assert answer == theirs
         np.testing.assert_allclose(logits[i, : len(rows[i])], expected, atol=TOLERANCE, rtol=0)
-
-
-def fixtures(folder: str) -> list[str]:
-    """Names under the shared data's `peft`, known when tests are collected; none where there is no shared data."""
-    root = Path(__file__).resolve().parents[2] / "shared" / "data" / folder
-    return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-
-
-UNSUPPORTED = {
-    "dora": "use_dora=True",
-    "embed_lora": "embedding",
-    "norms_saved": "modules_to_save='input_layernorm'",
-    "patterns": "rank_pattern",
-}
-
-
-@pytest.mark.parametrize("name", fixtures("peft") or ["none"])
-def test_every_adapter_that_peft_wrote_gives_its_logits_or_is_refused_by_name(name, shared_data, stories, tmp_path):
-    source = shared_data / "peft" / name
-    adapter = shutil.copytree(source, tmp_path / name)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(stories())}))
-    if name in UNSUPPORTED:
-        with pytest.raises(NotImplementedError) as caught:
-            FastLanguageModel.from_pretrained(adapter, dtype="float32", load_in_4bit=False, max_seq_length=512)
-        assert UNSUPPORTED[name] in str(caught.value) and len(str(caught.value).splitlines()) == 1
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model, tokenizer = FastLanguageModel.from_pretrained(
-            adapter, dtype="float32", load_in_4bit=False, max_seq_length=512
-        )
-    assert tokenizer is not None  # the base's, since the adapter's folder has none
-    reference = np.load(source / "reference.npz")
-    np.testing.assert_allclose(np.asarray(model(reference["input_ids"])), reference["logits"], atol=TOLERANCE, rtol=0)
-    model.save_pretrained(tmp_path / "again")
-    from safetensors.numpy import load_file
-
-    stored, again = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "again"))
-    assert stored.keys() == again.keys()
-    for key, value in stored.items():
-        np.testing.assert_array_equal(again[key], value.astype(np.float32), err_msg=key)
 
 
 def test_the_documented_story_comes_out_greedily(shared_data, stories):

@@ -24,7 +24,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("optimizer", r"trainers/step\.py:make_train_step\.<locals>\.step\.<locals>"),
     (LORA, r"scope=\S*/lora/"),
     (GEMM, r"^nvjet_|^(void )?cutlass|(?i:^cublas)|^(sm\d+|ampere|volta|turing)_\S*gemm"),
-    (GEMM, r"(^|/)quantised_mat(mul|vec)"),
+    (GEMM, r"(^|/)(quantised_mat(mul|vec)|grouped_(matmul|outer))"),
     (GEMM, r"gemm_fusion|(?i:gemm\w*kernel)|splitKreduce|hlo=(cublas|dot\b)"),
     (GEMM, r"hlo=\S*reduce\S* scope=\S*/dot_general "),  # the sum of a product that was split along K
     ("norm/rope/glu", r"(^|/)(fp8_)?((add_)?(rms|layer)_norm|rope_|(silu_|gelu\w*_)?glu)"),

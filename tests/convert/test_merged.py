@@ -31,15 +31,7 @@ from fastft_jax.models.compute_dtype import set_compute_dtype
 
 TOLERANCE = 1e-4  # float32 on both sides; the bound of every parity test
 IDS = np.random.default_rng(0).integers(0, tiny.COMMON["vocab_size"], (2, 20))
-pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests' time goes into."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwarnings("ignore:.*tokenizer")]
 
 
 def load(folder, **options):

@@ -4,7 +4,6 @@ import json
 import warnings
 
 import bitsandbytes as bnb
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -21,12 +20,7 @@ IDS = np.random.default_rng(0).integers(0, tiny.COMMON["vocab_size"], (2, 20))
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests' time goes into."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def load(folder, **options):

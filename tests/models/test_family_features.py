@@ -15,7 +15,7 @@ from flax import nnx
 from fastft_jax import FastLanguageModel
 from fastft_jax.trainers.step import LossOptions, gradients
 
-quick_compilation = test_parity.quick_compilation
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 

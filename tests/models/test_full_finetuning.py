@@ -28,12 +28,7 @@ from fastft_jax.trainers.step import LossOptions, gradients
 gemma3 = test_family_features.gemma3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests' time goes into."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tensors(decoder, names) -> dict[str, np.ndarray]:

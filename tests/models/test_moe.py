@@ -27,7 +27,7 @@ from fastft_jax.quant.lora_linear import Projection
 from fastft_jax.trainers.flops import active_parameters, useful_flops
 from fastft_jax.trainers.step import LossOptions, gradients
 
-quick_compilation = test_parity.quick_compilation
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 R = 4
 
 

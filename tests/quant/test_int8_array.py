@@ -23,12 +23,7 @@ quantize = jax.jit(int8.quantize)
 dequantize = jax.jit(int8.dequantize, static_argnums=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests' time goes into."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def matrix(n=96, k=256, outlying=()):
