@@ -31,11 +31,8 @@ class MergedTensor:
     def read(self) -> Float[np.ndarray, "..."]:
         """float32, in an array of its own on the host."""
         module, kind = self.module, self.path.rpartition(".")[2]
-        if isinstance(module, Linear) and kind == "weight":
-            return np.asarray(_merged(module.weight.get_value(), self._row, *_adapter(module, self.row)))
-        if isinstance(module, Embedding) and module.adapted:
-            a, b = module.lora_embedding_A.get_value(), module.lora_embedding_B.get_value()
-            return np.asarray(_merged(module.weight.get_value(), None, [(b.T, a.T)], module.scaling, None))
+        if isinstance(module, Linear | Embedding) and kind == "weight":
+            return np.asarray(_merged(module.weight.get_value(), self._row, *adapter_of(module, self.row)))
         variable, row = getattr(module, kind), self.row
         if isinstance(module, Linear) and row is not None and module.trained_bias is not None:
             at = _position(module.trained_bias_rows, row)
@@ -77,20 +74,43 @@ def merged_tensors(decoder: Decoder, names: NameTable) -> Iterator[tuple[str, Fl
         yield names.hf_name(tensor.path, tensor.layer), tensor.read()
 
 
-def _adapter(linear: Linear, row: int | None) -> tuple[list[tuple[Any, Any]], Any, Any]:
-    """(pairs (A, B) that are added, their scaling, DoRA's magnitudes or None) of one layer's matrix, or of the head."""
-    at = None if row is None else _position(linear.adapted_rows, row)
-    if not linear.adapted or (row is not None and at is None):
-        return [], 1.0, None
+def adapter_of(
+    module: Linear | Embedding, row: int | None
+) -> tuple[list[tuple[Array, Array]], np.float32, Float[Array, "N"] | None]:
+    """What `folded` adds to the matrix of one layer (row None: outside of layers): pairs (A, B) with what a start from
+    the weight itself (PiSSA) subtracts, their scaling, DoRA's magnitudes or None. No pairs where it has no adapter."""
+    if isinstance(module, Embedding):
+        if not module.adapted:
+            return [], np.float32(1), None
+        a, b = module.lora_embedding_A.get_value(), module.lora_embedding_B.get_value()
+        return [(b.T, a.T)], np.float32(module.scaling), None
+    at = None if row is None else _position(module.adapted_rows, row)
+    if not module.adapted or (row is not None and at is None):
+        return [], np.float32(1), None
 
     def pick(variable):
         return variable.get_value() if row is None else variable.get_value()[at]
 
-    pairs = [(pick(linear.lora_A), pick(linear.lora_B))]
-    if linear.start_A is not None:
-        pairs.append((pick(linear.start_A), -pick(linear.start_B)))
-    scaling = linear.scaling[at] if isinstance(linear.scaling, tuple) else linear.scaling
-    return pairs, np.float32(scaling), None if linear.magnitude is None else pick(linear.magnitude)
+    pairs = [(pick(module.lora_A), pick(module.lora_B))]
+    if module.start_A is not None:
+        pairs.append((pick(module.start_A), -pick(module.start_B)))
+    scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
+    return pairs, np.float32(scaling), None if module.magnitude is None else pick(module.magnitude)
+
+
+def folded(
+    w: Float[Array, "N K"],
+    pairs: list[tuple[Float[Array, "R K"], Float[Array, "N R"]]],
+    scaling: Any,
+    magnitude: Float[Array, "N"] | None,
+) -> Float[Array, "N K"]:
+    """W + scaling * sum(B A), in float32; its rows of length `magnitude` where that is given (DoRA)."""
+    w = w.astype(jnp.float32)
+    for a, b in pairs:
+        w = w + scaling * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+    if magnitude is None:
+        return w
+    return w * (magnitude / jnp.linalg.norm(w, axis=1))[:, None]
 
 
 def _position(rows: tuple[int, ...] | None, row: int) -> int | None:
@@ -108,12 +128,6 @@ def _merged(
     scaling: Any,
     magnitude: Float[Array, "N"] | None,
 ) -> Float[Array, "N K"]:
-    """W + scaling * sum(B A), its rows of length `magnitude` where that is given."""
     if row is not None:
         weight = weight.at(row) if is_quantised(weight) else weight[row]
-    w = dense(weight, jnp.float32)
-    for a, b in pairs:
-        w = w + scaling * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
-    if magnitude is None:
-        return w
-    return w * (magnitude / jnp.sqrt(jnp.sum(jnp.square(w), axis=1)))[:, None]
+    return folded(dense(weight, jnp.float32), pairs, scaling, magnitude)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
 from fastft_jax.convert.hf import FLOATS, tensor_requests
+from fastft_jax.convert.merge import adapter_of, folded
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models import lora
@@ -106,7 +107,7 @@ class Weights:
     def __init__(self, decoder: Decoder, names: NameTable, original: Checkpoint | None = None):
         self.decoder, self.names = decoder, names
         self.leaves = tuple(leaves(decoder, names))
-        self._trained, self._starts = lora.trainable_tensors(decoder, names), lora.start_tensors(decoder, names)
+        self._trained = lora.trainable_tensors(decoder, names)
         self._original, self._there = original, {}
         self._check_trained()
         if original is not None:
@@ -131,25 +132,11 @@ class Weights:
             value = self._original.read(self._there[leaf.name])
         else:
             value = _live(leaf)
-        pair, magnitude, scaling = (), None, 1.0
-        if self.adapted(leaf):
-            pair, magnitude = self._adapter(leaf.name.removesuffix(".weight"))
-            scaling = _scaling(leaf)
-        elif not is_quantised(value):
+        adapter = adapter_of(leaf.module, leaf.row) if self.adapted(leaf) else ([], np.float32(1), None)
+        if not adapter[0] and not is_quantised(value):
             return np.asarray(value).astype(dtype, copy=False)
         via = jnp.float32 if exact else self.decoder.dtype
-        return _merge(value, pair, magnitude, np.float32(scaling), via=jnp.dtype(via), dtype=jnp.dtype(dtype))
-
-    def _adapter(self, module: str) -> tuple[tuple[Array, Array], Array | None]:
-        """(A, B) whose product is added to the weight, with what a start from it (PiSSA) subtracts; the magnitudes."""
-        if f"{module}.lora_embedding_A" in self._trained:
-            a, b = (self._trained[f"{module}.lora_embedding_{x}"] for x in "AB")
-            return (b.T, a.T), None
-        a, b = (self._trained[f"{module}.lora_{x}.weight"] for x in "AB")
-        if f"{module}.lora_A.weight" in self._starts:
-            a = jnp.concatenate([a, self._starts[f"{module}.lora_A.weight"]])
-            b = jnp.concatenate([b, -self._starts[f"{module}.lora_B.weight"]], axis=1)
-        return (a, b), self._trained.get(f"{module}.lora_magnitude_vector")
+        return _merge(value, *adapter, via=jnp.dtype(via), dtype=jnp.dtype(dtype))
 
     def _check_trained(self) -> None:
         """Whatever is trained must be among what is merged here."""
@@ -237,33 +224,19 @@ def _row(stack: Array | Quantised, row: Array) -> Array | Quantised:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), stack)
 
 
-def _scaling(leaf: Leaf) -> float:
-    """The adapter's, of this very layer."""
-    scaling = leaf.module.scaling
-    if not isinstance(scaling, tuple):
-        return scaling
-    rows = leaf.module.adapted_rows
-    return scaling[leaf.row if rows is None else rows.index(leaf.row)]
-
-
 @partial(jax.jit, static_argnames=("via", "dtype"))
 def _merge(
     w: Float[Array, "N K"] | Quantised,
-    pair: tuple[Array, ...],
-    magnitude: Float[Array, "N"] | None,
+    pairs: list[tuple[Array, Array]],
     scaling: Array,
+    magnitude: Float[Array, "N"] | None,
     *,
     via: Any,
     dtype: Any,
 ) -> Float[Array, "N K"]:
-    """round(W + scaling * B A); with pair = () the weight itself. via: the dtype in which W takes part in products."""
+    """`folded`, rounded once; without pairs the weight itself. via: the dtype in which W takes part in products."""
     if is_quantised(w):
         w = dense(w, jnp.float32)
         if via != jnp.float32:  # a cast there and back is one that XLA may drop
             w = lax.reduce_precision(w, jnp.finfo(via).nexp, jnp.finfo(via).nmant)
-    if pair:
-        a, b = pair
-        w = w.astype(jnp.float32) + scaling * jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
-    if magnitude is not None:
-        w = w * (magnitude / jnp.linalg.norm(w, axis=1))[:, None]
-    return w.astype(dtype)
+    return (folded(w, pairs, scaling, magnitude) if pairs else w).astype(dtype)
