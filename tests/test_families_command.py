@@ -2,11 +2,10 @@
 
 import dataclasses
 import runpy
-import sys
 
 import jax
 import jax.numpy as jnp
-import pytest
+from released import RELEASED
 
 from fastft_jax import families
 from fastft_jax.models.config import DecoderConfig
@@ -17,17 +16,7 @@ from fastft_jax.pallas_kernels.glu import glu
 from fastft_jax.pallas_kernels.rms_norm import rms_norm
 
 
-@pytest.fixture(scope="module")
-def released(repo):
-    """The table of published configs that the families' own tests check by their parameter counts."""
-    sys.path.insert(0, str(repo / "tests" / "models"))
-    try:
-        return runpy.run_path(str(repo / "tests" / "models" / "test_families.py"))["RELEASED"]
-    finally:
-        sys.path.pop(0)
-
-
-def test_every_family_has_an_example_and_it_is_the_released_model(released):
+def test_every_family_has_an_example_and_it_is_the_released_model():
     assert set(EXAMPLES) == set(FAMILIES), "put a released model into models/families/examples.py"
 
     def plain(values):
@@ -37,7 +26,7 @@ def test_every_family_has_an_example_and_it_is_the_released_model(released):
 
     for model_type, example in EXAMPLES.items():
         assert example.values["model_type"] == model_type
-        assert plain(example.values) == plain(released[example.name][0]), model_type
+        assert plain(example.values) == plain(RELEASED[example.name][0]), model_type
 
 
 def test_the_readmes_table_is_what_the_code_says(repo):

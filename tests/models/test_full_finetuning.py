@@ -13,7 +13,7 @@ import tiny_run
 import torch
 import transformers
 from flax import nnx
-from test_parity import TOLERANCE, load, padded_batch, torch_logits
+from test_parity import TOLERANCE, load, loss_and_gradient, padded_batch, torch_logits
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert import hf_writer
@@ -23,7 +23,6 @@ from fastft_jax.models.active_kernels import base_in_use
 from fastft_jax.models.full import weight_at
 from fastft_jax.quant.trained_linear import trained_linear
 from fastft_jax.trainers.sft import check_output_dir
-from fastft_jax.trainers.step import LossOptions, gradients
 
 gemma3 = test_family_features.gemma3
 
@@ -50,19 +49,9 @@ def test_the_gradient_of_every_parameter_is_transformers(name, tmp_path):
     labels[1, 13] = -100  # the first real token would be predicted from padding
     loss = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
     loss.backward()
-    shifted = np.concatenate([labels[:, 1:], np.full((2, 1), -100)], axis=1)
-    batch = {
-        "input_ids": ids,
-        "labels": shifted,
-        "positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
-        "segment_ids": mask,
-    }
-    batch = {key: np.asarray(value, np.int32)[None] for key, value in batch.items()}
-    definition, trainable, frozen = nnx.split(model.decoder, nnx.Param, ...)
-    options = LossOptions(policy="selective", chunk_size=32, max_segments=1)
-    mine, grads = jax.jit(gradients, static_argnums=(0, 4))(definition, trainable, frozen, batch, options, None)
+    mine, gradient = loss_and_gradient(model, ids, mask, labels, "selective")
     np.testing.assert_allclose(mine, loss.item(), rtol=1e-5)
-    grads = tensors(nnx.merge(definition, jax.device_get(grads), frozen), model.names)
+    grads = tensors(gradient, model.names)
     named = dict(theirs.named_parameters())
     assert grads.keys() == named.keys()
     for parameter, value in named.items():

@@ -95,7 +95,12 @@ def torch_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarr
 
 
 def our_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarray]]:
-    """Through the trainer's own loss; labels shifted as the data pipeline does."""
+    loss, gradient = loss_and_gradient(model, ids, mask, labels)
+    return loss, {name: np.asarray(v) for name, v in lora.trainable_tensors(gradient, model.names).items()}
+
+
+def loss_and_gradient(model, ids, mask, labels, policy="full"):
+    """Through the trainer's own loss, labels shifted as the data pipeline does; the gradient as a decoder."""
     shifted = np.full_like(labels, -100)
     shifted[:, :-1] = labels[:, 1:]
     batch = {
@@ -106,10 +111,9 @@ def our_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarray
     }
     batch = {name: np.asarray(value, np.int32)[None] for name, value in batch.items()}
     definition, trainable, frozen = nnx.split(model.decoder, nnx.Param, ...)
-    options = LossOptions(policy="full", chunk_size=32, max_segments=1)
+    options = LossOptions(policy=policy, chunk_size=32, max_segments=1)
     loss, grads = jax.jit(gradients, static_argnums=(0, 4))(definition, trainable, frozen, batch, options, None)
-    clone = nnx.merge(definition, grads, frozen)
-    return float(loss), {name: np.asarray(value) for name, value in lora.trainable_tensors(clone, model.names).items()}
+    return float(loss), nnx.merge(definition, jax.device_get(grads), frozen)
 
 
 @pytest.mark.parametrize(
