@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
+from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.config import DecoderConfig
@@ -34,7 +35,7 @@ UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
 class Request:
     """One leaf of the decoder: where it is, the shape of one layer's tensor, which layers it stacks.
 
-    Three axes [E, N, K] are experts' matrices, each a tensor of its own in a checkpoint.
+    Of experts [E, N, K] and [E, N] each one's matrix and bias is a tensor of its own in a checkpoint.
     """
 
     path: str
@@ -43,24 +44,28 @@ class Request:
 
     def hf_names(self, names: NameTable) -> list[str]:
         """All its tensors, layer by layer and within a layer expert by expert."""
-        experts = range(self.shape[0]) if len(self.shape) == 3 else (None,)
+        experts = range(self.shape[0]) if self._of_experts else (None,)
         return [names.hf_name(self.path, layer, expert) for layer in (self.layers or (None,)) for expert in experts]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Of each of its tensors."""
-        return self.shape[-2:]
+        return self.shape[self._of_experts :]
 
     @property
     def lead(self) -> tuple[int, ...]:
         """How its tensors are stacked."""
-        return () if self.layers is None else (len(self.layers), *self.shape[:-2])
+        return () if self.layers is None else (len(self.layers), *self.shape[: self._of_experts])
+
+    @property
+    def _of_experts(self) -> bool:
+        return self.path.startswith("mlp.experts.")
 
     @property
     def quantisable(self) -> bool:
         """The linears inside layers; embeddings, head, norms and biases stay as they are (as bitsandbytes does), and so
         do routers."""
-        return self.layers is not None and len(self.shape) > 1 and not self.path.endswith(UNQUANTISED)
+        return self.layers is not None and len(self.tensor_shape) > 1 and not self.path.endswith(UNQUANTISED)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,6 +99,8 @@ def load_decoder(
     before any is read.
     """
     checkpoint = Checkpoint.open(source) if isinstance(source, str | Path) else source
+    if names.fused_experts:
+        checkpoint = FusedExperts(checkpoint)
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
@@ -113,7 +120,7 @@ def load_decoder(
             for kind in dict.fromkeys(
                 _kind(request, checkpoint.info(name)[0], dtype, quantised)
                 for request in requests
-                if len(request.shape) > 1 and request.layers is not None
+                if len(request.tensor_shape) > 1 and request.layers is not None
                 for name in request.hf_names(names)
                 if name not in packed
             )
@@ -123,8 +130,9 @@ def load_decoder(
             request = Request(path, shape, layers)
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
-            if len(shape) == 1:
-                return jax.device_put(np.stack([ahead.next().astype(dtype) for _ in layers]))
+            if len(request.tensor_shape) == 1:
+                rows = [ahead.next().astype(dtype) for _ in request.hf_names(names)]
+                return jax.device_put(np.stack(rows).reshape(len(layers), *shape))
             here = [packed.get(name) for name in request.hf_names(names)]
             if any(here):
                 return with_lead(_unpacked(path, here, ahead, dtype, load_in_4bit), request.lead)

@@ -60,13 +60,20 @@ collect.defvjp(
 
 
 class Experts(nnx.Module):
-    """E gated feed-forward layers, `down_e(act(gate_e(x)) * up_e(x))`; weights [L, E, F, D] and [L, E, D, F]."""
+    """E gated feed-forward layers, `down_e(act(gate_e(x)) * up_e(x))`; weights [L, E, F, D] and [L, E, D, F].
+
+    Gate and up may be one linear, [L, E, 2F, D]. Biases are [L, E, N], and frozen.
+    """
 
     def __init__(self, config: DecoderConfig, load):
         e, f, d = config.experts.num_experts, config.experts.intermediate_size, config.hidden_size
-        self.gate_proj = load.experts("mlp.experts.gate_proj", e, f, d)
-        self.up_proj = load.experts("mlp.experts.up_proj", e, f, d)
-        self.down_proj = load.experts("mlp.experts.down_proj", e, d, f)
+        bias, self.fused = config.experts.bias, config.fused_gate_up
+        if self.fused:
+            self.gate_up_proj = load.experts("mlp.experts.gate_up_proj", e, 2 * f, d, bias)
+        else:
+            self.gate_proj = load.experts("mlp.experts.gate_proj", e, f, d, bias)
+            self.up_proj = load.experts("mlp.experts.up_proj", e, f, d, bias)
+        self.down_proj = load.experts("mlp.experts.down_proj", e, d, f, bias)
         self.activation = config.activation
 
     def __call__(
@@ -75,24 +82,32 @@ class Experts(nnx.Module):
         """`sum_j weights[m, j] expert_{experts[m, j]}(x[m])`."""
         k = experts.shape[1]
         order, place, sizes = sort_by_expert(experts, self.down_proj.num_experts)
-        rows = spread(k, x, order, place)
-        gate_up = keep("gate_up", project_experts((self.gate_proj, self.up_proj), rows, sizes, keep))
-        act = glu(gate_up, activation=self.activation)
+        rows, expert = spread(k, x, order, place), experts.reshape(-1)[order]
+        linears = (self.gate_up_proj,) if self.fused else (self.gate_proj, self.up_proj)
+        gate_up = project_experts(linears, rows, sizes, keep)
+        if linears[0].bias is not None:
+            gate_up = gate_up + jnp.concatenate([m.bias.get_value() for m in linears], axis=1)[expert].astype(x.dtype)
+        act = glu(keep("gate_up", gate_up), activation=self.activation)
         # Weighted before the last product and not behind it: its result is then not needed for the weights' gradient.
-        act = (act.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(act.dtype)
-        return collect(k, project_experts((self.down_proj,), act, sizes, keep), order, place)
+        weight = weights.reshape(-1)[order][:, None]
+        act = (act.astype(jnp.float32) * weight).astype(act.dtype)
+        out = project_experts((self.down_proj,), act, sizes, keep)
+        if self.down_proj.bias is not None:
+            out = out + (self.down_proj.bias.get_value()[expert].astype(jnp.float32) * weight).astype(out.dtype)
+        return collect(k, out, order, place)
 
 
 class MixtureOfExperts(nnx.Module):
     """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
 
-    router [L, E, D] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
+    router [L, E, D], its bias [L, E] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
     """
 
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
         self.router = Frozen(load("mlp.router.weight", (c.num_experts, d)))
+        self.router_bias = nnx.data(Frozen(load("mlp.router.bias", (c.num_experts,))) if c.bias else None)
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:
@@ -112,6 +127,8 @@ class MixtureOfExperts(nnx.Module):
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
         logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
+        if self.router_bias is not None:
+            logits = logits + self.router_bias.get_value().astype(x.dtype)
         out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
         if self.shared_expert is not None:
             gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
