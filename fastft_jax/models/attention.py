@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1), keep, drop[3]), x, cache
 
     def _ungrouped(self, qkv: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
-        """[K, N / K + 2, H], of each key head its queries, itself and its value -> all queries, all keys, all values."""
+        """[K, N / K + 2, H], of each key head its queries, it and its value -> all queries, all keys, all values."""
         queries = self.num_heads // self.num_kv_heads
         groups = qkv.reshape(*qkv.shape[:2], self.num_kv_heads, queries + 2, self.head_dim)
         parts = jnp.split(groups, (queries, queries + 1), axis=3)

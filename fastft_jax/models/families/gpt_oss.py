@@ -1,4 +1,4 @@
-"""GPT-OSS 20B, 120B: windows in every other layer, attention sinks, experts with biases and a clamped gate, published in
+"""GPT-OSS 20B, 120B: windows in every other layer, attention sinks, experts with biases and clamped gates, published in
 MXFP4. OpenAI 2025, arXiv:2508.10925."""
 
 from fastft_jax.models.config import DecoderConfig

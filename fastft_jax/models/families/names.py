@@ -11,8 +11,8 @@ class NameTable:
     `layer_prefix` is completed with the layer index; `modules` are paths inside a layer, those of experts with a place
     for their number. Names are those of the modules
     in transformers, which adapters use; `stored_as` are other beginnings that checkpoints give them. `ignored` are
-    endings, `ignored_under` beginnings of tensors that carry no weights of the decoder. With `fused_experts` checkpoints
-    and adapters hold all experts of a layer in one tensor (convert/fused_experts.py has the names used here).
+    endings, `ignored_under` beginnings of tensors that carry no weights of the decoder. With `fused_experts`
+    checkpoints and adapters hold all experts of a layer in one tensor (convert/fused_experts.py has the names here).
     """
 
     layer_prefix: str = "model.layers.{}."

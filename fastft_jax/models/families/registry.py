@@ -46,8 +46,8 @@ def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
 
 
 def check_quantization(settings: Any, mxfp4: bool = False) -> None:
-    """Nothing, bitsandbytes NF4 as transformers writes it, or (`mxfp4`) experts in MXFP4; CheckpointError for every other
-    kind, with its name."""
+    """Nothing, bitsandbytes NF4 as transformers writes it, or (`mxfp4`) experts in MXFP4; CheckpointError for every
+    other kind, with its name."""
     if not settings:
         return
     said = settings if isinstance(settings, dict) else {"quant_method": settings}
