@@ -117,7 +117,7 @@ class Adapters:
             if not self.names.fused_experts:
                 raise NotImplementedError(
                     f"{folder}: the adapter uses target_parameters={config['target_parameters']} for experts that "
-                    f"{self.decoder.config.model_type} checkpoints hold one by one; that is not supported"
+                    f"{self.decoder.config.model_type} checkpoints do not hold in one tensor; that is not supported"
                 )
             tensors = peft_fused.split(config, tensors, self.decoder.config.experts.num_experts)
         config = peft_experts.plain_config(config, tensors, self._linear_paths())

@@ -104,7 +104,7 @@ _HARMLESS = {
 # PEFT draws A and B so and leaves the base alone. The other kinds (pissa, olora, corda, loftq ...) rewrite the base
 # weights each time the adapter is loaded.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-_SAVEABLE = ("embed_tokens", "lm_head", "norm")
+_SAVEABLE = ("embed_tokens", "lm_head", "norm", "tok_embeddings", "output")
 
 
 def adapter_config(

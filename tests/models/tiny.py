@@ -101,6 +101,20 @@ TINY: dict[str, tuple[str, dict]] = {
             logits_scaling=4.0,
         ),
     ),
+    "granite-4-dense": (
+        "granitemoehybrid",
+        dict(
+            num_hidden_layers=2,
+            num_local_experts=0,
+            shared_intermediate_size=80,
+            layer_types=["full_attention"] * 2,
+            position_embedding_type="rope",
+            embedding_multiplier=3.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.1,
+            logits_scaling=4.0,
+        ),
+    ),
     "smollm-3": ("smollm3", dict(no_rope_layers=[1, 1, 0], pad_token_id=0)),
     "olmo-2": ("olmo2", dict(num_hidden_layers=2)),
     "olmo-3": (
