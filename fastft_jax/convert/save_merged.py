@@ -77,6 +77,11 @@ def save_merged(
     """
     if save_method not in METHODS:
         raise ConfigError(f"save_method={save_method!r} is not one of {', '.join((*METHODS, 'lora'))}")
+    if model.names.fused_experts:
+        raise NotImplementedError(
+            f"merging experts that {model.decoder.config.model_type} checkpoints hold in one tensor is not built yet; "
+            "export the adapter alone"
+        )
     name = dtype or _default_dtype(model.hf_config)
     if name not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")

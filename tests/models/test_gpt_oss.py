@@ -171,6 +171,8 @@ def test_users_may_write_the_names_of_llamas_projections(case):
     assert ours.peft_config["target_modules"] == ["down_proj", "gate_up_proj", "q_proj"]
     # q, then of every expert A [R, D] and B [2F, R], A [R, F] and B [D, R]
     assert ours.num_parameters()[0] == 2 * 4 * (64 + 4 * 24 + E * (D + 2 * F + F + D))
+    with pytest.raises(NotImplementedError, match="experts that gpt_oss checkpoints hold in one tensor"):
+        ours.save_pretrained_merged(folder / "merged")
     with pytest.raises(NotImplementedError, match="norms or experts have biases"):
         FastLanguageModel.get_peft_model(test_parity.load(folder), r=4, bias="all")
 

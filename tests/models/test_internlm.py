@@ -59,7 +59,8 @@ def as_llama(internlm2: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_an_internlm2_adapter_has_the_logits_and_gradients_of_a_rearranged_llama(tmp_path):
-    """With biases and beyond the original context; LoRA on wqkv, wo, w1, w2 and w3, as PEFT names those modules."""
+    """With biases and beyond the original context; LoRA on wqkv, wo, w1, w2 and w3, as PEFT names those modules. The
+    merged checkpoint is the sum, in the published layout, with the publisher's code beside it."""
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     options = dict(num_hidden_layers=2, max_position_embeddings=24, rope_parameters=scaling, attention_bias=True)
     llama = tiny.make_model("llama-2", **options)
@@ -72,7 +73,9 @@ def test_an_internlm2_adapter_has_the_logits_and_gradients_of_a_rearranged_llama
     folder, adapter = tmp_path / "base", tmp_path / "adapter"
     folder.mkdir()
     save(base, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(INTERNLM2))
+    (folder / "config.json").write_text(json.dumps(INTERNLM2 | {"auto_map": {"AutoModel": "modeling_internlm2.Model"}}))
+    for name in ("modeling_internlm2.py", "train.py"):
+        (folder / name).write_text("raise SystemExit")
 
     adapted = [f"model.layers.{i}.{name}" for i in range(2) for name in ("attention.wqkv", *LINEARS)]
     torch.manual_seed(1)
@@ -112,6 +115,13 @@ def test_an_internlm2_adapter_has_the_logits_and_gradients_of_a_rearranged_llama
     again = safetensors.numpy.load_file(tmp_path / "again" / "adapter_model.safetensors")
     for name, value in pairs.items():
         np.testing.assert_array_equal(again[f"base_model.model.{name}"], value.detach().numpy())
+
+    ours.save_pretrained_merged(tmp_path / "merged", dtype="float32", verify=False)
+    again = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    assert again.keys() == merged.keys()
+    for name, value in merged.items():  # float32 products of rank 4, in another order
+        np.testing.assert_allclose(again[name], value.detach().numpy(), atol=1e-6, rtol=1e-6, err_msg=name)
+    assert (tmp_path / "merged" / "modeling_internlm2.py").exists() and not (tmp_path / "merged" / "train.py").exists()
 
 
 def test_new_adapters_on_internlm2_leave_its_head_alone():
