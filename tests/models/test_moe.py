@@ -186,10 +186,9 @@ def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mix
         test_parity.load(folder, full_finetuning=True)
 
 
-@pytest.mark.parametrize("name", ["phi-3.5-moe", "gpt-oss"])
-def test_the_balancing_loss_and_its_gradient_are_transformers(name, tmp_path):
+def test_the_balancing_loss_and_its_gradient_are_transformers(tmp_path):
     """coefficient 5: the loss's own part of the gradients is then as large as the rest."""
-    model = tiny.make_model(name, output_router_logits=True, router_aux_loss_coef=5.0)
+    model = tiny.make_model("phi-3.5-moe", output_router_logits=True, router_aux_loss_coef=5.0)
     tiny.save(model, tmp_path)
     ours = FastLanguageModel.get_peft_model(
         test_parity.load(tmp_path), r=R, target_modules=["q_proj", "v_proj"], init_lora_weights=False

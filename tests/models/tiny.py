@@ -169,12 +169,14 @@ EXPERTS: dict[str, tuple[str, dict]] = {
     "gpt-oss": (
         "gpt_oss",
         dict(
-            num_hidden_layers=2,
+            num_hidden_layers=1,  # with a window; test_gpt_oss.py has a second one without
             num_local_experts=4,
             num_experts_per_tok=2,
             intermediate_size=48,
             head_dim=24,
             sliding_window=8,
+            output_router_logits=True,
+            router_aux_loss_coef=5.0,
         )
         | _theta(150000.0, **YARN, truncate=False),
     ),
