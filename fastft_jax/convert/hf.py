@@ -44,22 +44,22 @@ class Request:
 
     def hf_names(self, names: NameTable) -> list[str]:
         """All its tensors, layer by layer and within a layer expert by expert."""
-        experts = range(self.shape[0]) if self._of_experts else (None,)
-        return [names.hf_name(self.path, layer, expert) for layer in (self.layers or (None,)) for expert in experts]
+        return [names.hf_name(self.path, layer, e) for layer in (self.layers or (None,)) for e in self.experts]
+
+    @property
+    def experts(self) -> tuple[int | None, ...]:
+        """Their numbers; (None,) for what is one tensor a layer."""
+        return tuple(range(self.shape[0])) if self.path.startswith("mlp.experts.") else (None,)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Of each of its tensors."""
-        return self.shape[self._of_experts :]
+        return self.shape if self.experts == (None,) else self.shape[1:]
 
     @property
     def lead(self) -> tuple[int, ...]:
         """How its tensors are stacked."""
-        return () if self.layers is None else (len(self.layers), *self.shape[: self._of_experts])
-
-    @property
-    def _of_experts(self) -> bool:
-        return self.path.startswith("mlp.experts.")
+        return () if self.layers is None else (len(self.layers), *self.shape[: -len(self.tensor_shape)])
 
     @property
     def quantisable(self) -> bool:

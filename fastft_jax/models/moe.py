@@ -97,17 +97,29 @@ class Experts(nnx.Module):
         return collect(k, out, order, place)
 
 
+class Router(nnx.Module):
+    """`x W^T + b`; weight [L, E, D] and bias [L, E], if there is one, stay in 16 or 32 bits and are not trained."""
+
+    def __init__(self, weight, bias=None):
+        self.weight = Frozen(weight)
+        self.bias = nnx.data(None if bias is None else Frozen(bias))
+
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M E"]:
+        logits = contract(x, self.weight.get_value().astype(x.dtype), 1, 1, x.dtype)
+        return logits if self.bias is None else logits + self.bias.get_value().astype(x.dtype)
+
+
 class MixtureOfExperts(nnx.Module):
     """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
 
-    router [L, E, D], its bias [L, E] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
+    shared_expert_gate [L, 1, D] stays in 16 or 32 bits, and is not trained.
     """
 
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
-        self.router = Frozen(load("mlp.router.weight", (c.num_experts, d)))
-        self.router_bias = nnx.data(Frozen(load("mlp.router.bias", (c.num_experts,))) if c.bias else None)
+        weight = load("mlp.router.weight", (c.num_experts, d))
+        self.router = Router(weight, load("mlp.router.bias", (c.num_experts,)) if c.bias else None)
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:
@@ -126,9 +138,7 @@ class MixtureOfExperts(nnx.Module):
         x = x.value
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
-        logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
-        if self.router_bias is not None:
-            logits = logits + self.router_bias.get_value().astype(x.dtype)
+        logits = self.router(rows)
         out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
         if self.shared_expert is not None:
             gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
