@@ -27,13 +27,20 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
             f"config.json: model_type={hf.model_type!r} is not supported (supported: {', '.join(FAMILIES)}).{remote}"
         )
     family = importlib.import_module(f"fastft_jax.models.families.{hf.model_type}")
-    check_quantization(values.get("quantization_config"), mxfp4=family.NAMES.fused_experts)
+    settings = values.get("quantization_config")
+    if not (family.NAMES.fused_experts and in_mxfp4(settings)):
+        check_quantization(settings)
     if hasattr(family, "text_values"):  # a decoder among other parts, of which nothing else is read
         hf = HFConfig(family.text_values(values))
     config = family.config_from_hf(hf)
     hf.finish()
     _check(config)
     return config, family.NAMES
+
+
+def in_mxfp4(settings: Any) -> bool:
+    """Whether a `quantization_config` says that experts are in MXFP4, as GPT-OSS is published."""
+    return isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
 
 
 def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
@@ -45,15 +52,12 @@ def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
     return {**family.text_values(values), **family.STANDALONE}, alone.NAMES
 
 
-def check_quantization(settings: Any, mxfp4: bool = False) -> None:
-    """Nothing, bitsandbytes NF4 as transformers writes it, or (`mxfp4`) experts in MXFP4; CheckpointError for every
-    other kind, with its name."""
+def check_quantization(settings: Any) -> None:
+    """Nothing, or bitsandbytes NF4 as transformers writes it; CheckpointError for every other kind, with its name."""
     if not settings:
         return
     said = settings if isinstance(settings, dict) else {"quant_method": settings}
     method = said.get("quant_method")
-    if method == "mxfp4" and mxfp4:
-        return
     if method != "bitsandbytes":
         raise CheckpointError(
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
