@@ -15,7 +15,9 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.convert.fused_entries import fused_entries
 from fastft_jax.convert.fused_experts import FusedExperts
+from fastft_jax.convert.merged import Entry
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.families.registry import config_from_hf
@@ -175,8 +177,6 @@ def test_users_may_write_the_names_of_llamas_projections(case):
         assert ours.peft_config["target_modules"] == ["down_proj", "gate_up_proj", "q_proj"]
         # q, then of every expert A [R, D] and B [2F, R], A [R, F] and B [D, R]
         assert ours.num_parameters()[0] == 2 * 4 * (64 + 4 * 24 + E * (D + 2 * F + F + D))
-        with pytest.raises(NotImplementedError, match="experts that gpt_oss checkpoints hold in one tensor"):
-            ours.save_pretrained_merged(folder / "merged")
     finally:
         ours.delete_adapter("default")
 
@@ -245,6 +245,18 @@ def test_only_an_experts_own_bytes_are_read(case):
     view = FusedExperts(checkpoint)
     assert view.info("model.layers.0.mlp.experts.2.down_proj.weight")[1] == (D, F)
     assert UP not in " ".join(view.names) and f"{UP.replace('experts', 'experts.2')}.weight" in view
+
+
+def test_experts_taken_apart_and_put_together_again_are_the_files_own_bytes(tmp_path):
+    tiny.save(tiny.make_model("gpt-oss"), tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    view = FusedExperts(checkpoint)
+    entries = {n: Entry(*view.info(n), lambda n=n: np.asarray(view.read(n))) for n in view.names}
+    fused = fused_entries(entries)
+    assert set(fused) == set(checkpoint.names) and len(fused) < len(entries)
+    for name, entry in fused.items():
+        assert (entry.dtype, entry.shape) == checkpoint.info(name)
+        np.testing.assert_array_equal(entry.read(), checkpoint.read(name), err_msg=name)
 
 
 def test_peft_adapters_of_fused_experts_do_not_go_on_other_families(case, tmp_path):
