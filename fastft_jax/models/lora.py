@@ -152,8 +152,9 @@ def train_biases(decoder: Decoder, bias: str, originals: Originals) -> None:
     NotImplementedError for "all" where norms or experts have biases: PEFT would train those, too.
     """
     experts = decoder.config.experts
-    if bias == "all" and (decoder.config.norm_bias or (experts is not None and experts.bias)):
-        raise NotImplementedError('bias="all" is not built yet for models whose norms or experts have biases')
+    for what, has in (("norms", decoder.config.norm_bias), ("experts", experts is not None and experts.bias)):
+        if bias == "all" and has:
+            raise NotImplementedError(f'bias="all" is not built yet for models whose {what} have biases')
     for path, linear in nnx.iter_modules(decoder.segments):
         if not isinstance(linear, Linear) or isinstance(linear, ExpertLinear) or linear.bias is None:
             continue
