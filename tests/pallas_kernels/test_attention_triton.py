@@ -200,6 +200,17 @@ def lower_for_h200(f, *args):
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_tiles_follow_the_card_and_the_width():
+    choose = triton.choose_kernels
+    assert choose(64, jnp.bfloat16, (9, 0)) == triton.HOPPER[64]
+    assert choose(80, jnp.bfloat16, (9, 0)) == triton.HOPPER[128]
+    assert choose(192, jnp.float16, (9, 0)) == triton.HOPPER[256]
+    for width in (64, 80, 192):
+        any_card = choose(width, jnp.bfloat16)
+        assert choose(width, jnp.bfloat16, (8, 9)) == any_card != choose(width, jnp.bfloat16, (9, 0))
+        assert choose(width, jnp.float32, (9, 0)) == choose(width, jnp.float32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases_lower_for_cuda_without_a_gpu(case):
     text = lower_for_h200(functools.partial(case.run, interpret=False), *case.args)
