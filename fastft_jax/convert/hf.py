@@ -28,6 +28,7 @@ from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
+IN_FLOAT32 = "mlp.router.e_score_correction_bias"  # a rounding would choose other experts
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def load_decoder(
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
             if len(shape) == 1:
-                return jax.device_put(np.stack([ahead.next().astype(dtype) for _ in layers]))
+                kind = np.float32 if path == IN_FLOAT32 else dtype
+                return jax.device_put(np.stack([ahead.next().astype(kind) for _ in layers]))
             here = [packed.get(name) for name in request.hf_names(names)]
             if any(here):
                 return with_lead(_unpacked(path, here, ahead, dtype, load_in_4bit), request.lead)

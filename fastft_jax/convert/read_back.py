@@ -42,7 +42,7 @@ def folder_logits(
     outer = Decoder(replace(config, num_hidden_layers=0, layer_windows=(), second_rope_layers=()), load, dtype)
     ids, segments = jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    tables = tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes)
+    tables = tuple(rope_tables(rope, config.rope_dim, positions) for rope in config.ropes)
     x = outer.map_layers(lambda x: x, ids)[0]
     for i in range(config.num_hidden_layers):  # a layer has no name here, so that it is freed before the next is read
         x = jax.block_until_ready(

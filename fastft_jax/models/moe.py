@@ -84,20 +84,26 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
+    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term, and its gate, where
+    there are such.
 
-    router [L, E, D] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
+    router [L, E, D], the bias in its choice [L, E] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not
+    trained.
     """
 
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
         self.router = Frozen(load("mlp.router.weight", (c.num_experts, d)))
+        self.router_correction = nnx.data(None)
+        if c.router == "sigmoid":
+            self.router_correction = Frozen(load("mlp.router.e_score_correction_bias", (c.num_experts,)))
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(config, load, "mlp.shared_expert", c.shared_intermediate_size)
-            self.shared_expert_gate = Frozen(load("mlp.shared_expert_gate.weight", (1, d)))
+            if c.shared_gate:
+                self.shared_expert_gate = Frozen(load("mlp.shared_expert_gate.weight", (1, d)))
 
     def __call__(
         self,
@@ -111,11 +117,15 @@ class MixtureOfExperts(nnx.Module):
         x = x.value
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
-        logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
-        out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
+        dtype = jnp.float32 if self.config.float32_logits else x.dtype
+        logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, dtype)
+        correction = None if self.router_correction is None else self.router_correction.get_value()
+        out = self.experts(rows, *route(logits, self.config, keep, correction), keep).reshape(x.shape)
         if self.shared_expert is not None:
-            gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
             shared, _ = self.shared_expert(Slot(normed), None, keep, keys)
-            out = out + jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
+            if self.shared_expert_gate is not None:
+                gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
+                shared = jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
+            out = out + shared
         load = None if counted is None else router_load(logits, self.config.top_k, counted.reshape(-1))
         return out, x, load

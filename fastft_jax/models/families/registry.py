@@ -13,7 +13,7 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "gemma3"),
     *("phi3", "phi", "granite", "smollm3", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "deepseek_v2", "deepseek_v3"),
 )
 
 
@@ -73,8 +73,10 @@ def _check(config: DecoderConfig) -> None:
         )
     if config.head_dim % 2:
         raise CheckpointError(f"config.json: head_dim={config.head_dim} is odd; rotary embedding pairs its elements")
+    if config.rope_dim % 2:
+        raise CheckpointError(f"config.json: qk_rope_head_dim={config.rope_dim} is odd; rotation pairs its elements")
     for rope in config.ropes:
-        half = rope.rotary_dim(config.head_dim) / 2
+        half = rope.rotary_dim(config.rope_dim) / 2
         if half < 1 or half != int(half):
             raise CheckpointError(
                 f"config.json: partial_rotary_factor={rope.partial_rotary_factor!r} of head_dim={config.head_dim} is "
