@@ -158,7 +158,7 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
     layer = test_parity.load(folder, load_in_4bit=True).decoder.segments[0][0]
     weight = layer.mlp.experts.up_proj.weight.get_value()
     assert weight.codes.shape == (2, 4, 96, 32) and weight.shape == (96, 64)
-    assert layer.mlp.router.get_value().dtype == jnp.float32
+    assert layer.mlp.router.weight.get_value().dtype == jnp.float32
     from fastft_jax.quant.nf4 import dequantize_stack
 
     ours = np.asarray(dequantize_stack(weight.at(jnp.int32(1)), jnp.float32))

@@ -127,7 +127,7 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
 }
 DEEPSEEK = dict(
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_key_value_heads=4,
     q_lora_rank=24,
     kv_lora_rank=16,
@@ -138,7 +138,7 @@ DEEPSEEK = dict(
     n_shared_experts=2,
     num_experts_per_tok=3,
     moe_intermediate_size=32,
-    first_k_dense_replace=1,
+    first_k_dense_replace=0,
     n_group=4,
     topk_group=2,
 )
@@ -181,15 +181,16 @@ EXPERTS: dict[str, tuple[str, dict]] = {
             | {"original_max_position_embeddings": 64, "rope_theta": 1e4, "short_mscale": 1.2, "long_mscale": 1.2},
         ),
     ),
-    "deepseek-v2-lite": (
+    "deepseek-v2": (  # with V2-Lite's queries
         "deepseek_v2",
-        DEEPSEEK | dict(q_lora_rank=None, topk_method="greedy") | _theta(1e4, **YARN, mscale=0.7, mscale_all_dim=0.7),
+        DEEPSEEK
+        | dict(q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=4.0, attention_bias=True)
+        | _theta(1e4, **YARN, mscale=0.7, mscale_all_dim=0.7),
     ),
-    "deepseek-v2": (
-        "deepseek_v2",
-        DEEPSEEK | dict(topk_method="group_limited_greedy", routed_scaling_factor=4.0, attention_bias=True),
+    "deepseek-v3": (
+        "deepseek_v3",
+        DEEPSEEK | dict(first_k_dense_replace=1) | _theta(1e4, **YARN, mscale=1.0, mscale_all_dim=0.5),
     ),
-    "deepseek-v3": ("deepseek_v3", DEEPSEEK | _theta(1e4, **YARN, mscale=1.0, mscale_all_dim=0.5)),
 }
 
 
