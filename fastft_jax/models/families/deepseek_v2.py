@@ -27,7 +27,7 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.require("norm_topk_prob", (False,), False)
     groups = routing_groups(hf) if hf.get("topk_method") == "group_limited_greedy" else {}
     scaling = hf.number("routed_scaling_factor", 1.0)
-    experts = routed(hf, hf.get("first_k_dense_replace", 0), normalise=False, scaling=scaling, **groups)
+    experts = routed(hf, normalise=False, scaling=scaling, **groups)
     return latent_decoder(hf, experts, mlp_bias=hf.get("mlp_bias", False))
 
 
@@ -60,8 +60,8 @@ def latent_decoder(hf: HFConfig, experts: ExpertsConfig, **family: Any) -> Decod
     return common(hf, **fields | family)
 
 
-def routed(hf: HFConfig, dense: int, **family: Any) -> ExpertsConfig:
-    """The experts behind `dense` first layers without."""
+def routed(hf: HFConfig, **family: Any) -> ExpertsConfig:
+    """The experts; the first layers, `first_k_dense_replace` of them, have none."""
     hf.require("moe_layer_freq", (1,), 1)
     for key in ("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits"):
         hf.get(key)  # of pretraining, of its machines, and of what transformers returns beside the logits
@@ -79,7 +79,7 @@ def routed(hf: HFConfig, dense: int, **family: Any) -> ExpertsConfig:
         shared_intermediate_size=hf.count("n_shared_experts") * width,
         shared_gate=False,
         float32_logits=True,
-        dense_layers=tuple(range(dense)),
+        dense_layers=tuple(range(maybe_none(hf, "first_k_dense_replace"))),
         **family,
     )
 
@@ -92,6 +92,11 @@ def routing_groups(hf: HFConfig, groups: int | None = None, top: int | None = No
             f"config.json: n_group={groups} must divide n_routed_experts={count}, and topk_group={top} must not be more"
         )
     return {"groups": groups, "top_groups": top}
+
+
+def maybe_none(hf: HFConfig, key: str) -> int:
+    """A whole number; 0 where the file says 0 or nothing."""
+    return hf.count(key) if hf.get(key) else 0
 
 
 def _scale(width: int, rope: RopeConfig) -> float | None:

@@ -7,7 +7,7 @@ transformers.
 
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.families.deepseek_v2 import NAMES, latent_decoder, routed, routing_groups
+from fastft_jax.models.families.deepseek_v2 import NAMES, latent_decoder, maybe_none, routed, routing_groups
 from fastft_jax.models.families.hf_config import HFConfig
 
 __all__ = ["NAMES", "config_from_hf"]
@@ -26,7 +26,6 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         )
     experts = routed(
         hf,
-        hf.get("first_k_dense_replace", 0),
         router="sigmoid",
         normalise=hf.get("norm_topk_prob", True),
         scaling=hf.number("routed_scaling_factor", 2.5),
@@ -36,5 +35,5 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
         hf,
         experts,
         rope_interleaved=hf.get("rope_interleave", True),
-        unread_layers=hf.get("num_nextn_predict_layers", 0),
+        unread_layers=maybe_none(hf, "num_nextn_predict_layers"),
     )

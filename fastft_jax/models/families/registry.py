@@ -44,18 +44,31 @@ def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
     return {**family.text_values(values), **family.STANDALONE}, alone.NAMES
 
 
+# quant_method -> what its settings must be, and what they are where they are not given
+_READ = {
+    "bitsandbytes": (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"},
+        {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"},
+    ),
+    "fp8": (
+        {"weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"},
+        {"weight_block_size": None, "activation_scheme": "dynamic", "fmt": "e4m3"},
+    ),
+}
+
+
 def check_quantization(settings: Any) -> None:
-    """Nothing, or bitsandbytes NF4 as transformers writes it; CheckpointError for every other kind, with its name."""
+    """Nothing, bitsandbytes NF4 as transformers writes it, or fp8 in blocks of 128 x 128; CheckpointError for every
+    other kind, with its name."""
     if not settings:
         return
     said = settings if isinstance(settings, dict) else {"quant_method": settings}
     method = said.get("quant_method")
-    if method != "bitsandbytes":
+    if method not in _READ:
         raise CheckpointError(
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
         )
-    needed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
-    absent = {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}  # their defaults
+    needed, absent = _READ[method]
     for key, value in needed.items():
         found = said.get(key, said.get(f"_{key}", absent[key]))
         if found != value:
