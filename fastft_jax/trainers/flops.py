@@ -22,9 +22,9 @@ def useful_flops(
     """FLOPs of one step on a batch, recomputation not counted.
 
     Frozen matrices cost 2 a weight and token forward and 2 backward (no weight gradient), trained ones 6; attention
-    costs 4 N H a visible key forward (H the mean of a key's and a value's) and 2.5 times that backward; the head counts as frozen. In full
-    fine-tuning every matrix, the head among them, costs 6. Of experts only those count that a token goes to;
-    `trainable` is what `active_parameters` says.
+    costs 4 N H a visible key forward (H: a key's and a value's width, averaged) and 2.5 times that backward; the head
+    counts as frozen. In full fine-tuning every matrix, the head among them, costs 6. Of experts only those count that a
+    token goes to; `trainable` is what `active_parameters` says.
     """
     c = config
     real = batch["segment_ids"] > 0

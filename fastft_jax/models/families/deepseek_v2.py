@@ -25,6 +25,8 @@ def config_from_hf(hf: HFConfig) -> DecoderConfig:
     hf.require("topk_method", ("greedy", "group_limited_greedy"), "greedy")
     # The publisher's code then drops routed_scaling_factor, and transformers ignores it; no release switches it on.
     hf.require("norm_topk_prob", (False,), False)
+    for key in ("n_group", "topk_group"):
+        hf.get(key)  # without a meaning to "greedy"
     groups = routing_groups(hf) if hf.get("topk_method") == "group_limited_greedy" else {}
     scaling = hf.number("routed_scaling_factor", 1.0)
     experts = routed(hf, normalise=False, scaling=scaling, **groups)

@@ -84,10 +84,9 @@ def _check(config: DecoderConfig) -> None:
             f"config.json: num_attention_heads={config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}"
         )
-    if config.head_dim % 2:
-        raise CheckpointError(f"config.json: head_dim={config.head_dim} is odd; rotary embedding pairs its elements")
     if config.rope_dim % 2:
-        raise CheckpointError(f"config.json: qk_rope_head_dim={config.rope_dim} is odd; rotation pairs its elements")
+        key = "head_dim" if config.latent is None else "qk_rope_head_dim"
+        raise CheckpointError(f"config.json: {key}={config.rope_dim} is odd; rotary embedding pairs its elements")
     for rope in config.ropes:
         half = rope.rotary_dim(config.rope_dim) / 2
         if half < 1 or half != int(half):
