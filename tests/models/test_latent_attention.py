@@ -1,4 +1,4 @@
-"""Latent attention and its families beyond logits and gradients (`test_moe.py`): packed rows, text, roundings, routing."""
+"""Latent attention and its families beyond logits and gradients (`test_moe.py`): packing, text, roundings, routing."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +6,14 @@ import pytest
 import test_generate
 import test_parity
 import tiny
+from released import RELEASED
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.models.config import ExpertsConfig
+from fastft_jax.models.families.registry import config_from_hf
 from fastft_jax.models.residuals import Keep
 from fastft_jax.models.router import route
+from fastft_jax.trainers.flops import useful_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -75,3 +78,14 @@ def test_experts_are_chosen_within_the_best_groups_and_weighted_without_the_bias
     # "softmax" judges a group by its best alone: 0.9 and 0.6
     by_best = ExpertsConfig(8, 3, 4, normalise=False, groups=4, top_groups=2)
     assert route(logits, by_best, Keep())[1].tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "rel"),
+    [("DeepSeek-V2", 21e9, 0.01), ("DeepSeek-V2-Lite", 2.4e9, 0.03), ("DeepSeek-V3", 36.6e9, 0.001)],
+)
+def test_a_tokens_arithmetic_is_that_of_the_published_active_parameters(name, active, rel):
+    """As the releases count them, without the embedding; to the digits that they give."""
+    one_token = {"segment_ids": np.ones((1, 1), np.int32), "positions": np.full((1, 1), -1)}  # that sees no key
+    flops = useful_flops(config_from_hf(RELEASED[name][0])[0], one_token, 0)
+    assert flops == pytest.approx(4 * active, rel=rel)
