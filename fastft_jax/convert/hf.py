@@ -29,7 +29,7 @@ from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
-IN_FLOAT32 = "mlp.router.e_score_correction_bias"  # a rounding would choose other experts
+IN_FLOAT32 = ("mlp.router.e_score_correction_bias",)  # whatever the model's dtype: rounded, it chooses other experts
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def load_decoder(
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
             if len(shape) == 1:
-                kind = np.float32 if path == IN_FLOAT32 else dtype
-                return jax.device_put(np.stack([ahead.next().astype(kind) for _ in layers]))
+                held_in = dtype_of(path, dtype)
+                return jax.device_put(np.stack([ahead.next().astype(held_in) for _ in layers]))
             tensors = request.hf_names(names)
             here = [packed.get(name) for name in tensors]
             if any(here):
@@ -148,6 +148,11 @@ def load_decoder(
             return stack.reshape(len(layers), *shape)
 
         return Decoder(config, load, dtype)
+
+
+def dtype_of(path: str, dtype: Any) -> Any:
+    """The dtype of an unquantised tensor, in a decoder and in checkpoints of it, where `dtype` is the model's."""
+    return np.float32 if path in IN_FLOAT32 else dtype
 
 
 def tensor_requests(config: DecoderConfig) -> Iterator[Request]:
