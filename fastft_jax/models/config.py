@@ -55,11 +55,11 @@ class ExpertsConfig:
     normalise: bool = True
     groups: int = 1
     top_groups: int = 1
+    shared_gate: bool = True  # a sigmoid gate on the shared expert, where there is one
     scaling: float = 1.0  # of the routed experts' weights
     float32_logits: bool = False  # the router's; else they are rounded to the compute dtype
     router_epsilon: float = 0.0  # of "sparsemixer": how far from the best score another one may be
     shared_intermediate_size: int | None = None
-    shared_gate: bool = True  # a sigmoid gate on the shared expert
     dense_layers: tuple[int, ...] = ()  # those with a plain feed-forward layer instead
     aux_loss_coef: float | None = None  # of the load-balancing loss; None: it is not added
 

@@ -383,6 +383,14 @@ RELEASED = {
     "c4ai-command-r7b-12-2024": (cohere(4096, 14336, 32, 32, 8, 5e4, **COMMAND_R7B), 8_028_033_024),
     "stablelm-3b-4e1t": (stablelm(2560, 6912, 32, 32, 50304), 2_795_443_200),
     "stablelm-2-1_6b": (stablelm(2048, 5632, 24, 32, 100352, use_qkv_bias=True), 1_644_515_328),
+    "DeepSeek-V2": (deepseek("deepseek_v2", 5120, 12288, 1536, 60, 128, 102400, 0.707, **DEEPSEEK_V2), 235_741_434_880),
+    "DeepSeek-V2-Lite": (
+        deepseek("deepseek_v2", 2048, 10944, 1408, 27, 16, 102400, 0.707, **DEEPSEEK_V2_LITE),
+        15_706_484_224,
+    ),
+    # without the layer that predicts the token after the next
+    "DeepSeek-V3": (deepseek("deepseek_v3", 7168, 18432, 2048, 61, 128, 129280, 1.0, **DEEPSEEK_V3), 671_026_419_200),
+    "DeepSeek-R1": (deepseek("deepseek_v3", 7168, 18432, 2048, 61, 128, 129280, 1.0, **DEEPSEEK_V3), 671_026_419_200),
     "Mixtral-8x7B-v0.1": (mixtral(4096, 14336, 32, 32, 32000, 32768), 46_702_792_704),
     "Mixtral-8x22B-v0.1": (mixtral(6144, 16384, 56, 48, 32000, 65536), 140_620_634_112),
     "Qwen1.5-MoE-A2.7B": (
@@ -401,13 +409,5 @@ RELEASED = {
         qwen_moe("qwen3_moe", 4096, 12288, 1536, 94, 64, 4, 128, 8, head_dim=128, norm_topk_prob=True, **QWEN3_MOE),
         235_093_634_560,
     ),
-    "DeepSeek-V2": (deepseek("deepseek_v2", 5120, 12288, 1536, 60, 128, 102400, 0.707, **DEEPSEEK_V2), 235_741_434_880),
-    "DeepSeek-V2-Lite": (
-        deepseek("deepseek_v2", 2048, 10944, 1408, 27, 16, 102400, 0.707, **DEEPSEEK_V2_LITE),
-        15_706_484_224,
-    ),
-    # without the layer that predicts the token after the next
-    "DeepSeek-V3": (deepseek("deepseek_v3", 7168, 18432, 2048, 61, 128, 129280, 1.0, **DEEPSEEK_V3), 671_026_419_200),
-    "DeepSeek-R1": (deepseek("deepseek_v3", 7168, 18432, 2048, 61, 128, 129280, 1.0, **DEEPSEEK_V3), 671_026_419_200),
     "Phi-3.5-MoE-instruct": (published("phimoe", 4096, 6400, 32, 32, 8, 32064, 131072, **PHI_35_MOE), 41_873_153_344),
 }

@@ -13,7 +13,8 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3"),
     *("gemma", "gemma2", "gemma3_text", "gemma3"),
     *("phi3", "phi", "granite", "smollm3", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "deepseek_v2", "deepseek_v3"),
+    *("deepseek_v2", "deepseek_v3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe"),
 )
 
 
@@ -44,37 +45,39 @@ def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
     return {**family.text_values(values), **family.STANDALONE}, alone.NAMES
 
 
-# quant_method -> what its settings must be, and what they are where they are not given
-_READ = {
-    "bitsandbytes": (
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"},
-        {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"},
-    ),
-    "fp8": (
-        {"weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"},
-        {"weight_block_size": None, "activation_scheme": "dynamic", "fmt": "e4m3"},
-    ),
-}
-
-
 def check_quantization(settings: Any) -> None:
     """Nothing, bitsandbytes NF4 as transformers writes it, or fp8 in blocks of 128 x 128; CheckpointError for every
     other kind, with its name."""
     if not settings:
         return
     said = settings if isinstance(settings, dict) else {"quant_method": settings}
+    if said.get("quant_method") == "fp8":
+        return _check_fp8(said)
     method = said.get("quant_method")
-    if method not in _READ:
+    if method != "bitsandbytes":
         raise CheckpointError(
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
         )
-    needed, absent = _READ[method]
+    needed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    absent = {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}  # their defaults
     for key, value in needed.items():
         found = said.get(key, said.get(f"_{key}", absent[key]))
         if found != value:
             raise CheckpointError(
                 f"config.json: quantization_config.{key}={found!r} cannot be read (only {value!r}); use the 16-bit "
                 "checkpoint"
+            )
+
+
+def _check_fp8(settings: Mapping[str, Any]) -> None:
+    """One scale a block of 128 x 128, as DeepSeek-V3 and Qwen3-FP8 have them."""
+    needed = {"weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    for key, value in needed.items():
+        found = settings.get(key, None if key == "weight_block_size" else value)
+        if found != value:
+            raise CheckpointError(
+                f"config.json: quantization_config.{key}={found!r} cannot be read in fp8 (only {value!r}); use "
+                "the 16-bit checkpoint"
             )
 
 
