@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from fastft_jax.convert import fp8_blocks
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
@@ -28,6 +29,7 @@ from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
+IN_FLOAT32 = ("mlp.router.e_score_correction_bias",)  # whatever the model's dtype: rounded, it chooses other experts
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a folder or open checkpoint: linears in NF4 (double-quantised), int8 or `dtype`, the rest in that.
 
-    Matrices that bitsandbytes packed keep their codes and scales, bit for bit. Host memory holds two tensors at a time:
-    the one being quantised and the next, read ahead by a thread.
+    Matrices that bitsandbytes packed keep their codes and scales, bit for bit; those in block-scaled fp8 are decoded on
+    the device, then treated as all others. Host memory holds two tensors at a time: the one being quantised and the
+    next, read ahead by a thread.
     Raises CheckpointError for missing, unexpected or misshapen tensors, ConfigError for int8 of a checkpoint in 4 bits,
     before any is read.
     """
@@ -97,21 +100,23 @@ def load_decoder(
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
-    packed = packed_matrices(checkpoint, {n: r.tensor_shape for r in matrices for n in r.hf_names(names)})
-    _check(checkpoint, requests, names, config, packed)
+    shapes = {n: r.tensor_shape for r in matrices for n in r.hf_names(names)}
+    packed, scaled = packed_matrices(checkpoint, shapes), fp8_blocks.scaled_matrices(checkpoint, shapes)
+    _check(checkpoint, requests, names, config, packed, scaled)
     if packed and load_in_8bit:
         raise ConfigError(
             f"load_in_8bit=True: {checkpoint.folder} holds matrices in 4 bits already; use load_in_4bit=True"
         )
     quantised = "nf4" if load_in_4bit else "int8" if load_in_8bit else None
     wanted = [name for request in requests for name in request.hf_names(names)]
-    order = iter([part for name in wanted for part in (packed[name].tensors if name in packed else [name])])
+    parts = {name: [name, scales] for name, scales in scaled.items()} | {n: p.tensors for n, p in packed.items()}
+    order = iter([part for name in wanted for part in parts.get(name, [name])])
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor() as compilers:
         ahead = _ReadAhead(checkpoint, order, pool)
         programs = {
             kind: compilers.submit(_compile_fill, *kind)
             for kind in dict.fromkeys(
-                _kind(request, checkpoint.info(name)[0], dtype, quantised)
+                _kind(request, np.dtype(dtype) if name in scaled else checkpoint.info(name)[0], dtype, quantised)
                 for request in requests
                 if len(request.shape) > 1 and request.layers is not None
                 for name in request.hf_names(names)
@@ -124,13 +129,16 @@ def load_decoder(
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
             if len(shape) == 1:
-                return jax.device_put(np.stack([ahead.next().astype(dtype) for _ in layers]))
-            here = [packed.get(name) for name in request.hf_names(names)]
+                held_in = dtype_of(path, dtype)
+                return jax.device_put(np.stack([ahead.next().astype(held_in) for _ in layers]))
+            tensors = request.hf_names(names)
+            here = [packed.get(name) for name in tensors]
             if any(here):
                 return with_lead(_unpacked(path, here, ahead, dtype, load_in_4bit), request.lead)
             stack = None
-            for i in range(math.prod(request.lead)):
+            for i, name in enumerate(tensors):
                 w = ahead.next()
+                w = fp8_blocks.decode(w, ahead.next(), dtype) if name in scaled else w
                 room, fill = programs[_kind(request, w.dtype, dtype, quantised)].result()
                 # Waiting keeps the host at two tensors: otherwise transfers queue up behind the reader.
                 stack = room() if stack is None else stack
@@ -140,6 +148,11 @@ def load_decoder(
             return stack.reshape(len(layers), *shape)
 
         return Decoder(config, load, dtype)
+
+
+def dtype_of(path: str, dtype: Any) -> Any:
+    """The dtype of an unquantised tensor, in a decoder and in checkpoints of it, where `dtype` is the model's."""
+    return np.float32 if path in IN_FLOAT32 else dtype
 
 
 def tensor_requests(config: DecoderConfig) -> Iterator[Request]:
@@ -160,17 +173,26 @@ def _check(
     names: NameTable,
     config: DecoderConfig,
     packed: dict[str, Packed],
+    scaled: dict[str, str],
 ) -> None:
     expected = {name: request.tensor_shape for request in requests for name in request.hf_names(names)}
     missing = checkpoint.missing(expected)
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {_few(missing)}, which its config.json calls for")
     ignored = [*names.ignored, names.top["lm_head.weight"]] if config.tie_word_embeddings else list(names.ignored)
+    unread = tuple(names.layer_prefix.format(config.num_hidden_layers + i) for i in range(config.unread_layers))
     unexpected = [
         n
-        for n in checkpoint.unexpected(expected)
+        for n in checkpoint.unexpected([*expected, *scaled.values()])
         if not n.endswith(tuple(ignored)) and not n.startswith(names.ignored_under) and belongs_to(n) not in packed
     ]
+    if behind := [n for n in unexpected if n.startswith(unread)]:
+        warnings.warn(
+            f"{checkpoint.folder}: {len(behind)} tensors of {', '.join(unread)} are not read: they predict tokens "
+            "further ahead (num_nextn_predict_layers), which serves pretraining and speculative decoding",
+            stacklevel=3,
+        )
+        unexpected = [n for n in unexpected if not n.startswith(unread)]
     if unexpected:
         raise CheckpointError(f"{checkpoint.folder} holds {_few(unexpected)}, which its config.json does not call for")
     for name, shape in expected.items():
@@ -181,7 +203,7 @@ def _check(
             raise CheckpointError(
                 f"{checkpoint.path_of(name)}: {name!r} has shape {list(found)}, config.json calls for {list(shape)}"
             )
-        if found_dtype.name not in FLOATS:
+        if found_dtype.name not in FLOATS and name not in scaled:
             raise CheckpointError(
                 f"{checkpoint.path_of(name)}: {name!r} is {found_dtype.name}; only {', '.join(FLOATS)} can be read"
             )

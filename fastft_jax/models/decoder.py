@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.attention import Attention, KVCache, Sequence
 from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.latent_attention import LatentAttention
 from fastft_jax.models.layers import Embedding, ExpertLinear, LayerNorm, Linear, RMSNorm, drop, make_norm
 from fastft_jax.models.mlp import GatedMLP, PlainMLP
 from fastft_jax.models.moe import MixtureOfExperts
@@ -28,7 +29,7 @@ from fastft_jax.quant.lora_linear import contract
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
 
 HEAD_BIAS_COLUMNS = 8  # one, and zeros: GEMMs want widths in multiples of 16 bytes
-DROPOUT_KEYS_A_LAYER = 7  # one for each linear
+DROPOUT_KEYS_A_LAYER = 8  # one for each linear: four in attention, three in the MLP, a fifth in latent attention
 
 
 class Loader(NamedTuple):
@@ -63,7 +64,7 @@ class DecoderLayer(nnx.Module):
 
         self.input_layernorm = norm("input_layernorm", before)
         kind = config.layer_kinds[load.layers[0]]
-        self.self_attn = Attention(config, load, kind)
+        self.self_attn = (Attention if config.latent is None else LatentAttention)(config, load, kind)
         self.attention_output_norm = norm("attention_output_norm", after)
         self.post_attention_layernorm = norm("post_attention_layernorm", before and not self.parallel)
         mlp = MixtureOfExperts if kind.sparse else GatedMLP if config.gated_mlp else PlainMLP
@@ -80,7 +81,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "2 E"] | None]:
         """The layer's output, the cache with this call's keys and values, and its router's load (see Sequence)."""
         keys = None if key is None else jax.random.split(key, DROPOUT_KEYS_A_LAYER)
-        attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
+        attention_keys, mlp_keys = (None, None) if keys is None else (keys[jnp.array([0, 1, 2, 3, 7])], keys[4:7])
         keep = Keep() if keep is None else keep
         if self.parallel:
             normed = self.input_layernorm(x)
@@ -298,12 +299,12 @@ class Decoder(nnx.Module):
         return hidden, jnp.pad(weight, more).at[:, weight.shape[1]].set(self.lm_head.bias.get_value())
 
     def empty_caches(self, batch: int, length: int) -> list[list[KVCache]]:
-        """Zeroed caches for `length` tokens, stacked as the layers are: k and v [L, B, S, K, H]."""
+        """Zeroed caches for `length` tokens, stacked as the layers are: k and v [L, B, S, K, H], each its own H."""
         c = self.config
 
         def empty(layers: tuple[int, ...]) -> KVCache:
-            shape = (len(layers), batch, length, c.num_key_value_heads, c.head_dim)
-            return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+            shape = (len(layers), batch, length, c.num_key_value_heads)
+            return KVCache(*(jnp.zeros((*shape, width), self.dtype) for width in (c.head_dim, c.value_dim)))
 
         return [[empty(layers) for layers in segment] for segment in c.segments]
 
@@ -313,7 +314,7 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(input_ids, self.dtype)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        return x, tuple(rope_tables(rope, self.config.head_dim, positions) for rope in self.config.ropes)
+        return x, tuple(rope_tables(rope, self.config.rope_dim, positions) for rope in self.config.ropes)
 
 
 def head_columns(head: Linear, dtype) -> Float[Array, "V R"]:

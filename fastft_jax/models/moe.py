@@ -83,21 +83,43 @@ class Experts(nnx.Module):
         return collect(k, project_experts((self.down_proj,), act, sizes, keep), order, place)
 
 
-class MixtureOfExperts(nnx.Module):
-    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
+class Router(nnx.Module):
+    """`x W^T`, in float32 if so configured; weight [L, N, D] stays in 16 or 32 bits, takes no adapter, is not trained.
 
-    router [L, E, D] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
+    e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`.
     """
+
+    def __init__(self, weight, float32: bool = False, e_score_correction_bias=None):
+        self.weight = Frozen(weight)
+        correction = e_score_correction_bias
+        self.e_score_correction_bias = nnx.data(None if correction is None else Frozen(correction))
+        self.float32 = float32
+
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M N"]:
+        return contract(x, self.weight.get_value().astype(x.dtype), 1, 1, jnp.float32 if self.float32 else x.dtype)
+
+    @property
+    def correction(self) -> Float[Array, "N"] | None:
+        return None if self.e_score_correction_bias is None else self.e_score_correction_bias.get_value()
+
+
+class MixtureOfExperts(nnx.Module):
+    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one, and
+    its gate, too."""
 
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
-        self.router = Frozen(load("mlp.router.weight", (c.num_experts, d)))
+        weight, correction = load("mlp.router.weight", (c.num_experts, d)), None
+        if c.router == "sigmoid":
+            correction = load("mlp.router.e_score_correction_bias", (c.num_experts,))
+        self.router = Router(weight, c.float32_logits, correction)
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(config, load, "mlp.shared_expert", c.shared_intermediate_size)
-            self.shared_expert_gate = Frozen(load("mlp.shared_expert_gate.weight", (1, d)))
+            if c.shared_gate:
+                self.shared_expert_gate = Router(load("mlp.shared_expert_gate.weight", (1, d)))
 
     def __call__(
         self,
@@ -111,11 +133,12 @@ class MixtureOfExperts(nnx.Module):
         x = x.value
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
-        logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
-        out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
+        logits = self.router(rows)
+        out = self.experts(rows, *route(logits, self.config, keep, self.router.correction), keep).reshape(x.shape)
         if self.shared_expert is not None:
-            gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
             shared, _ = self.shared_expert(Slot(normed), None, keep, keys)
-            out = out + jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
+            if self.shared_expert_gate is not None:
+                shared = jax.nn.sigmoid(self.shared_expert_gate(rows)).reshape(*x.shape[:-1], 1) * shared
+            out = out + shared
         load = None if counted is None else router_load(logits, self.config.top_k, counted.reshape(-1))
         return out, x, load

@@ -80,6 +80,17 @@ def test_what_a_released_config_switches_on_is_on():
     assert (mixtral_.num_experts, mixtral_.top_k, mixtral_.normalise, mixtral_.aux_loss_coef) == (8, 2, True, None)
     assert (qwen2_moe.normalise, qwen2_moe.shared_intermediate_size, qwen2_moe.dense_layers) == (False, 5632, ())
     assert (qwen3_moe.normalise, qwen3_moe.shared_intermediate_size, qwen3_moe.top_k) == (True, None, 8)
+    v2, lite, v3 = map(config, ("DeepSeek-V2", "DeepSeek-V2-Lite", "DeepSeek-V3"))
+    assert (v2.latent.q_rank, lite.latent.q_rank, v2.latent.kv_rank, v2.head_dim, v2.rope_dim) == (
+        *(1536, None, 512, 192, 64),
+    )
+    # the publisher's formula: both softmax's scale and, by mscale / mscale_all_dim, cos and sin
+    assert v3.attention_scale == pytest.approx(192**-0.5 * (0.1 * 1.0 * math.log(40) + 1) ** 2, rel=1e-12)
+    assert lite.attention_scale == pytest.approx(192**-0.5 * (0.1 * 0.707 * math.log(40) + 1) ** 2, rel=1e-12)
+    np.testing.assert_array_equal(rope_tables(v3.rope, v3.rope_dim, np.zeros((1, 1), int))[0], np.ones((1, 1, 32)))
+    assert (v2.experts.groups, v2.experts.top_groups, v2.experts.scaling, lite.experts.groups) == (8, 3, 16.0, 1)
+    assert (v3.experts.router, v3.experts.normalise, v3.experts.scaling, v3.unread_layers) == ("sigmoid", True, 2.5, 1)
+    assert v3.experts.dense_layers == (0, 1, 2) and [len(s[0]) for s in v3.segments] == [3, 58]
     phimoe = config("Phi-3.5-MoE-instruct")
     assert (phimoe.experts.router, phimoe.experts.router_epsilon, phimoe.head_bias) == ("sparsemixer", 0.01, True)
     assert phimoe.rope.attention_factor == 1.243163121016122 and phimoe.norm_bias and phimoe.o_bias
