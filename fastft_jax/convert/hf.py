@@ -43,8 +43,12 @@ class Request:
 
     def hf_names(self, names: NameTable) -> list[str]:
         """All its tensors, layer by layer and within a layer expert by expert."""
-        experts = range(self.shape[0]) if len(self.shape) == 3 else (None,)
-        return [names.hf_name(self.path, layer, expert) for layer in (self.layers or (None,)) for expert in experts]
+        return [names.hf_name(self.path, layer, e) for layer in (self.layers or (None,)) for e in self.experts]
+
+    @property
+    def experts(self) -> tuple[int | None, ...]:
+        """Their numbers; (None,) for what is one tensor a layer."""
+        return tuple(range(self.shape[0])) if len(self.shape) == 3 else (None,)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:

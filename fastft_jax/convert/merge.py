@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.models.layers import Embedding, Linear
+from fastft_jax.models.layers import Embedding, ExpertLinear, Linear
 from fastft_jax.quant.dense import Quantised, dense, is_quantised
 
 
@@ -31,6 +31,12 @@ class MergedTensor:
     def read(self) -> Float[np.ndarray, "..."]:
         """float32, in an array of its own on the host."""
         module, kind = self.module, self.path.rpartition(".")[2]
+        if isinstance(module, ExpertLinear):
+            out = np.empty(self.shape, np.float32)
+            for e in range(module.num_experts):
+                own = one_of(module.weight.get_value(), self.row, e)
+                out[e] = _merged(own, None, *adapter_of(module, self.row, e))
+            return out
         if isinstance(module, Linear | Embedding) and kind == "weight":
             return np.asarray(_merged(module.weight.get_value(), self._row, *adapter_of(module, self.row)))
         variable, row = getattr(module, kind), self.row
@@ -75,10 +81,11 @@ def merged_tensors(decoder: Decoder, names: NameTable) -> Iterator[tuple[str, Fl
 
 
 def adapter_of(
-    module: Linear | Embedding, row: int | None
+    module: Linear | Embedding, row: int | None, expert: int | None = None
 ) -> tuple[list[tuple[Array, Array]], np.float32, Float[Array, "N"] | None]:
     """What `folded` adds to the matrix of one layer (row None: outside of layers): pairs (A, B) with what a start from
-    the weight itself (PiSSA) subtracts, their scaling, DoRA's magnitudes or None. No pairs where it has no adapter."""
+    the weight itself (PiSSA) subtracts, their scaling, DoRA's magnitudes or None. No pairs where it has no adapter.
+    expert: whose matrix it is, where a layer has one an expert."""
     if isinstance(module, Embedding):
         if not module.adapted:
             return [], np.float32(1), None
@@ -89,13 +96,23 @@ def adapter_of(
         return [], np.float32(1), None
 
     def pick(variable):
-        return variable.get_value() if row is None else variable.get_value()[at]
+        return variable.get_value() if row is None else one_of(variable.get_value(), at, expert)
 
     pairs = [(pick(module.lora_A), pick(module.lora_B))]
     if module.start_A is not None:
         pairs.append((pick(module.start_A), -pick(module.start_B)))
     scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
     return pairs, np.float32(scaling), None if module.magnitude is None else pick(module.magnitude)
+
+
+def one_of(stack: Array | Quantised, row: int, expert: int | None = None) -> Array | Quantised:
+    """One matrix (or vector) of a stack, copied out of it; one expert's where a row holds experts."""
+    return _at(stack, np.array([row] if expert is None else [row, expert], np.int32))
+
+
+@jax.jit
+def _at(stack: Array | Quantised, index: Int[Array, "n"]) -> Array | Quantised:
+    return jax.tree.map(lambda leaf: leaf[tuple(index)], stack)
 
 
 def folded(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
 from fastft_jax.convert.hf import FLOATS, tensor_requests
-from fastft_jax.convert.merge import adapter_of, folded
+from fastft_jax.convert.merge import adapter_of, folded, one_of
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models import lora
@@ -46,13 +46,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of the decoder as checkpoints have it: a row of a stacked leaf, or a leaf outside the layers."""
+    """One tensor of the decoder as checkpoints have it: a row of a stacked leaf, an expert's matrix in such a row, or a
+    leaf outside the layers."""
 
     name: str  # Hugging Face's name for it
     path: str  # ours, inside its layer
     shape: tuple[int, ...]
     module: nnx.Module
     row: int | None  # None outside the layers
+    expert: int | None = None
 
     @property
     def linear(self) -> bool:
@@ -76,13 +78,8 @@ class Leaf:
 
 
 def leaves(decoder: Decoder, names: NameTable) -> Iterator[Leaf]:
-    """Every tensor of the checkpoint, in the usual order: embedding, layers, last norm, head (unless tied).
-
-    NotImplementedError for leaves that are several tensors of a checkpoint each (experts).
-    """
+    """Every tensor of the checkpoint, in the usual order: embedding, layers, last norm, head (unless tied)."""
     requests = list(tensor_requests(decoder.config))
-    if stacked := [r.path for r in requests if len(r.shape) > 2]:
-        raise NotImplementedError(f"merging {stacked[0]} is not built yet; export the adapter alone")
     top = [r for r in requests if r.layers is None]
     paths = [(r.path, r.shape) for r in top]
     if decoder.lm_head is not None and "lm_head.weight" not in dict(paths):  # untied by modules_to_save
@@ -94,7 +91,9 @@ def leaves(decoder: Decoder, names: NameTable) -> Iterator[Leaf]:
         place = decoder.segments[s][p]
         for r in requests:
             if r.layers is not None and layer in r.layers:
-                yield Leaf(names.hf_name(r.path, layer), r.path, r.shape, _module(place, r.path), row)
+                module = _module(place, r.path)
+                for e in r.experts:
+                    yield Leaf(names.hf_name(r.path, layer, e), r.path, r.tensor_shape, module, row, e)
     yield from (leaf for leaf in outside if not leaf.path.startswith("embed_tokens"))
 
 
@@ -124,7 +123,7 @@ class Weights:
 
     def packed(self, leaf: Leaf) -> NF4Array:
         """The live base's codes and scales of one matrix in NF4."""
-        return _row(leaf.nf4, np.int32(leaf.row))
+        return one_of(leaf.nf4, leaf.row, leaf.expert)
 
     def read(self, leaf: Leaf, dtype: Any, *, exact: bool = False) -> Array | np.ndarray:
         """The merged tensor in `dtype`. exact: an NF4 base is decoded in float32, not rounded as the model computes."""
@@ -132,7 +131,7 @@ class Weights:
             value = self._original.read(self._there[leaf.name])
         else:
             value = _live(leaf)
-        adapter = adapter_of(leaf.module, leaf.row) if self.adapted(leaf) else ([], np.float32(1), None)
+        adapter = adapter_of(leaf.module, leaf.row, leaf.expert) if self.adapted(leaf) else ([], np.float32(1), None)
         if not adapter[0] and not is_quantised(value):
             return np.asarray(value).astype(dtype, copy=False)
         via = jnp.float32 if exact else self.decoder.dtype
@@ -216,12 +215,7 @@ def _live(leaf: Leaf) -> Array | Quantised:
         rows = leaf.module.trained_bias_rows
         return leaf.module.trained_bias.get_value()[leaf.row if rows is None else rows.index(leaf.row)]
     value = getattr(leaf.module, kind).get_value()
-    return value if leaf.row is None else _row(value, np.int32(leaf.row))
-
-
-@jax.jit
-def _row(stack: Array | Quantised, row: Array) -> Array | Quantised:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), stack)
+    return value if leaf.row is None else one_of(value, leaf.row, leaf.expert)
 
 
 @partial(jax.jit, static_argnames=("via", "dtype"))

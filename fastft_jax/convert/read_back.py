@@ -33,7 +33,11 @@ def folder_logits(
     names = names.stored(checkpoint.__contains__)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        name = names.hf_name(path, None if layers is None else layers[0])
+        layer = None if layers is None else layers[0]
+        if len(shape) == 3:  # experts
+            each = (checkpoint.read(names.hf_name(path, layer, e)) for e in range(shape[0]))
+            return jnp.stack([jnp.asarray(w).astype(dtype) for w in each])
+        name = names.hf_name(path, layer)
         packed = packed_matrices(checkpoint, {name: shape}) if layers is not None and len(shape) == 2 else {}
         if name in packed:
             return packed[name].assemble([checkpoint.read(part) for part in packed[name].tensors])

@@ -15,7 +15,7 @@ from flax import nnx
 from fastft_jax.convert.atomic import atomic_folder, check_free_space, write_bytes
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, entries_beside, layout
-from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config
+from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config, unpacked_modules
 from fastft_jax.convert.model_card import model_card
 from fastft_jax.convert.model_files import copy_beside, refuse_to_replace, write_config, write_tokenizer
 from fastft_jax.convert.read_back import Difference, compare, folder_logits
@@ -177,8 +177,7 @@ def _config_changes(model: Any, weights: Weights, names: NameTable, save_method:
         changes["tie_word_embeddings"] = False
     if save_method == "merged_4bit":
         packed = packed_leaves(weights)
-        kept = [leaf.name.removesuffix(".weight") for leaf in weights.leaves if leaf.linear and leaf not in packed]
-        kept += [part.removesuffix(".") for part in names.ignored_under]
+        kept = unpacked_modules(weights) + [part.removesuffix(".") for part in names.ignored_under]
         double = all(leaf.nf4 is None or leaf.nf4.absmax_scale is not None for leaf in packed)
         changes["quantization_config"] = quantization_config(dtype, kept, double)
     elif "quantization_config" in model.hf_config:

@@ -19,6 +19,7 @@ from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.router import route, router_load
 from fastft_jax.pallas_kernels.glu import glu
 from fastft_jax.quant.lora_linear import contract
+from fastft_jax.quant.trained_linear import trained_linear
 
 
 class Sorted(NamedTuple):
@@ -83,21 +84,31 @@ class Experts(nnx.Module):
         return collect(k, project_experts((self.down_proj,), act, sizes, keep), order, place)
 
 
-class MixtureOfExperts(nnx.Module):
-    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
+class Router(nnx.Module):
+    """`x W^T`; weight [L, N, D] stays in 16 or 32 bits and takes no adapter: it trains in full fine-tuning alone."""
 
-    router [L, E, D] and shared_expert_gate [L, 1, D] stay in 16 or 32 bits, and are not trained.
-    """
+    def __init__(self, weight):
+        self.weight = Frozen(weight)
+
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M N"]:
+        weight = self.weight.get_value()
+        if isinstance(self.weight, nnx.Param):
+            return trained_linear(x, [weight])
+        return contract(x, weight.astype(x.dtype), 1, 1, x.dtype)
+
+
+class MixtureOfExperts(nnx.Module):
+    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one."""
 
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
-        self.router = Frozen(load("mlp.router.weight", (c.num_experts, d)))
+        self.router = Router(load("mlp.router.weight", (c.num_experts, d)))
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(config, load, "mlp.shared_expert", c.shared_intermediate_size)
-            self.shared_expert_gate = Frozen(load("mlp.shared_expert_gate.weight", (1, d)))
+            self.shared_expert_gate = Router(load("mlp.shared_expert_gate.weight", (1, d)))
 
     def __call__(
         self,
@@ -111,10 +122,10 @@ class MixtureOfExperts(nnx.Module):
         x = x.value
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
-        logits = contract(rows, self.router.get_value().astype(x.dtype), 1, 1, x.dtype)
+        logits = self.router(rows)
         out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
         if self.shared_expert is not None:
-            gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
+            gate = self.shared_expert_gate(rows)
             shared, _ = self.shared_expert(Slot(normed), None, keep, keys)
             out = out + jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
         load = None if counted is None else router_load(logits, self.config.top_k, counted.reshape(-1))

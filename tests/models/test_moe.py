@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
 from fastft_jax.models.families.registry import config_from_hf
@@ -79,6 +80,19 @@ def test_logits_and_gradients_equal_transformers_with_the_adapter_in_peft(case, 
             np.testing.assert_allclose(mine[name], value, atol=test_parity.TOLERANCE, rtol=0, err_msg=name)
     finally:
         theirs.unload()
+
+
+def test_transformers_computes_the_merged_models_logits(case, tmp_path):
+    """Under the names of published files: every tensor of the base's folder is there, of its shape."""
+    model, ours = case
+    ours.save_pretrained_merged(tmp_path / "merged", dtype="float32", verify=False)
+    before, after = Checkpoint.open(ours.base_folder), Checkpoint.open(tmp_path / "merged")
+    assert {n: before.info(n) for n in before.names} == {n: after.info(n) for n in after.names}
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    ids, mask = test_parity.padded_batch()
+    theirs, real = test_parity.torch_logits(merged.eval(), ids, mask), mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(ours(ids, mask))[real], theirs[real], atol=test_parity.TOLERANCE, rtol=0)
+    assert np.abs(theirs - test_parity.torch_logits(model, ids, mask))[real].max() > 1
 
 
 def one_by_one(fused: dict[str, np.ndarray], model) -> dict[str, np.ndarray]:
@@ -158,7 +172,7 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
     layer = test_parity.load(folder, load_in_4bit=True).decoder.segments[0][0]
     weight = layer.mlp.experts.up_proj.weight.get_value()
     assert weight.codes.shape == (2, 4, 96, 32) and weight.shape == (96, 64)
-    assert layer.mlp.router.get_value().dtype == jnp.float32
+    assert layer.mlp.router.weight.get_value().dtype == jnp.float32
     from fastft_jax.quant.nf4 import dequantize_stack
 
     ours = np.asarray(dequantize_stack(weight.at(jnp.int32(1)), jnp.float32))
