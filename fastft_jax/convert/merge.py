@@ -77,7 +77,11 @@ def merged_layout(decoder: Decoder) -> list[MergedTensor]:
 def merged_tensors(decoder: Decoder, names: NameTable) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
     """(Hugging Face's name, float32 array) of every tensor, one on the host at a time."""
     for tensor in merged_layout(decoder):
-        yield names.hf_name(tensor.path, tensor.layer), tensor.read()
+        w = tensor.read()
+        if isinstance(tensor.module, ExpertLinear):
+            yield from ((names.hf_name(tensor.path, tensor.layer, e), each) for e, each in enumerate(w))
+        else:
+            yield names.hf_name(tensor.path, tensor.layer), w
 
 
 def adapter_of(
