@@ -132,10 +132,6 @@ class FastLanguageModel(Adapters):
                 "was trained for; its rotary embedding is left as it is (pass rope_scaling to change it)",
                 stacklevel=2,
             )
-        if full_finetuning and config.experts is not None:
-            raise NotImplementedError(
-                f"full_finetuning=True is not built yet for mixtures of experts (model_type={config.model_type!r})"
-            )
         if source is not None:
             source.bind(config, names)
         stored = jnp.float32 if full_finetuning else _dtype(dtype)

@@ -133,7 +133,8 @@ class Weights:
             value = _live(leaf)
         adapter = adapter_of(leaf.module, leaf.row, leaf.expert) if self.adapted(leaf) else ([], np.float32(1), None)
         if not adapter[0] and not is_quantised(value):
-            return np.asarray(value).astype(dtype, copy=False)
+            on_device = isinstance(value, jax.Array) and value.dtype != dtype
+            return np.asarray(value.astype(dtype) if on_device else value).astype(dtype, copy=False)
         via = jnp.float32 if exact else self.decoder.dtype
         return _merge(value, *adapter, via=jnp.dtype(via), dtype=jnp.dtype(dtype))
 
@@ -211,7 +212,7 @@ def _module(root: nnx.Module, path: str) -> nnx.Module:
 
 def _live(leaf: Leaf) -> Array | Quantised:
     kind = leaf.path.rpartition(".")[2]
-    if kind == "bias" and leaf.trained_whole:
+    if kind == "bias" and leaf.trained_whole and getattr(leaf.module, "trained_bias", None) is not None:
         rows = leaf.module.trained_bias_rows
         return leaf.module.trained_bias.get_value()[leaf.row if rows is None else rows.index(leaf.row)]
     value = getattr(leaf.module, kind).get_value()

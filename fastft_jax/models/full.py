@@ -1,10 +1,7 @@
 """Full fine-tuning: every weight of a decoder trains, from float32 master copies."""
 
-import operator
-
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.layers import Frozen
@@ -25,11 +22,3 @@ def train_everything(decoder: Decoder) -> None:
 def trains_everything(decoder: Decoder) -> bool:
     """Whether `train_everything` was called: only then do the layers' linears train themselves."""
     return isinstance(decoder.segments[0][0].self_attn.o_proj.weight, nnx.Param)
-
-
-def weight_at(decoder: Decoder, path: str, layer: int | None) -> Float[Array, "..."]:
-    """The unstacked value at a path as a LoadFn knows it: `self_attn.q_proj.weight` of layer 3, or `norm.weight`."""
-    if layer is None:
-        return operator.attrgetter(path)(decoder).get_value()
-    segment, place, row = decoder.config.place_of(layer)
-    return operator.attrgetter(path)(decoder.segments[segment][place]).get_value()[row]

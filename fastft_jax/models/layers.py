@@ -24,7 +24,7 @@ from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.grouped_lora import grouped_lora_linear
 from fastft_jax.quant.lora_linear import Projection, contract, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
-from fastft_jax.quant.trained_linear import trained_linear
+from fastft_jax.quant.trained_linear import trained_experts, trained_linear
 
 
 class Frozen(nnx.Variable):
@@ -98,6 +98,8 @@ def project_experts(
     linears: Sequence[ExpertLinear], x: Float[Array, "M K"], sizes: Int[Array, "E"], keep: Keep
 ) -> Float[Array, "M N"]:
     """The outputs of linears that read the same rows, sorted by expert (`sizes` of each), side by side in one array."""
+    if _trained(linears):
+        return trained_experts(x, sizes, tuple(m.weight.get_value() for m in linears))
     return grouped_lora_linear(x, sizes, [_projection(m) for m in linears], [m.scaling for m in linears], keep)
 
 

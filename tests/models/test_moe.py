@@ -182,7 +182,7 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
         np.testing.assert_array_equal(ours[expert], wanted.numpy())
 
 
-def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mixtral):
+def test_experts_are_int8_one_by_one(mixtral):
     folder, theirs = mixtral
     weight = test_parity.load(folder, load_in_8bit=True).decoder.segments[0][0].mlp.experts.down_proj.weight.get_value()
     w = jnp.asarray(theirs.model.layers[1].mlp.experts.down_proj[3].detach().numpy())
@@ -191,8 +191,6 @@ def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mix
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 96)), jnp.float32)
     got = grouped_lora_linear(x, jnp.array([0, 0, 0, 5]), [Projection(weight.at(1))], [1.0])
     np.testing.assert_allclose(got, x @ int8.dequantize(int8.quantize(w), jnp.float32).T, rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="full_finetuning=True is not built yet for mixtures of experts"):
-        test_parity.load(folder, full_finetuning=True)
 
 
 def test_the_balancing_loss_and_its_gradient_are_transformers(tmp_path):
