@@ -31,7 +31,7 @@ class MergedTensor:
     def read(self) -> Float[np.ndarray, "..."]:
         """float32, in an array of its own on the host."""
         module, kind = self.module, self.path.rpartition(".")[2]
-        if isinstance(module, ExpertLinear):
+        if isinstance(module, ExpertLinear) and kind == "weight":
             out = np.empty(self.shape, np.float32)
             for e in range(module.num_experts):
                 own = one_of(module.weight.get_value(), self.row, e)

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
+from fastft_jax.convert.bitsandbytes_8bit import int8_matrices
 from fastft_jax.convert.hf import FLOATS, tensor_requests
 from fastft_jax.convert.merge import adapter_of, folded, one_of
 from fastft_jax.convert.safetensors import Checkpoint
@@ -165,11 +166,12 @@ class Weights:
         missing = self._original.missing(wanted)
         if missing:
             raise CheckpointError(f"{folder} lacks {missing[0]!r}: it is not the base of this model")
-        packed = packed_matrices(self._original, {n: leaf.shape for n, leaf in wanted.items() if leaf.linear})
-        if packed:
+        shapes = {n: leaf.shape for n, leaf in wanted.items() if leaf.linear}
+        in_4, in_8 = packed_matrices(self._original, shapes), int8_matrices(self._original, shapes)
+        if in_4 or in_8:
             raise CheckpointError(
-                f"{folder} holds {next(iter(packed))!r} packed in 4 bits, so it is no original to merge onto; give "
-                "the folder or hub id of the 16-bit weights as base, or leave base out"
+                f"{folder} holds {next(iter(in_4 or in_8))!r} packed in {4 if in_4 else 8} bits, so it is no "
+                "original to merge onto; give the folder or hub id of the 16-bit weights as base, or leave base out"
             )
         for name, leaf in wanted.items():
             dtype, shape = self._original.info(name)

@@ -45,7 +45,8 @@ def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
 
 
 def check_quantization(settings: Any) -> None:
-    """Nothing, or bitsandbytes NF4 as transformers writes it; CheckpointError for every other kind, with its name."""
+    """Nothing, or bitsandbytes NF4 or int8 as transformers writes it; CheckpointError for every other kind, with its
+    name."""
     if not settings:
         return
     said = settings if isinstance(settings, dict) else {"quant_method": settings}
@@ -54,6 +55,8 @@ def check_quantization(settings: Any) -> None:
         raise CheckpointError(
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
         )
+    if said.get("load_in_8bit", said.get("_load_in_8bit", False)):
+        return
     needed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
     absent = {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}  # their defaults
     for key, value in needed.items():
