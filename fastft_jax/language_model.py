@@ -189,11 +189,13 @@ class FastLanguageModel(Adapters):
         use_dora: bool = False,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None,
     ) -> "FastLanguageModel":
         """Add a LoRA adapter to the model, in place, and return it. Arguments as in PEFT's LoraConfig.
 
         The default of target_modules means every linear layer, also where a family gives them other names (Phi).
         rank_pattern and alpha_pattern give modules ranks and alphas of their own: expressions for the ends of paths.
+        trainable_token_indices: tokens whose rows of the embedding train, and of a head that is tied to it.
         """
         if model.full_finetuning:
             raise ConfigError("full_finetuning=True trains every weight: there is nothing for an adapter to add")
@@ -233,6 +235,7 @@ class FastLanguageModel(Adapters):
             use_dora=use_dora,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
+            trainable_token_indices=trainable_token_indices,
             base_model_name_or_path=model.name_or_path,
         )
         adapted = model._matched(config)

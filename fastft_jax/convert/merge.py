@@ -38,7 +38,8 @@ class MergedTensor:
                 out[e] = _merged(own, None, *adapter_of(module, self.row, e))
             return out
         if isinstance(module, Linear | Embedding) and kind == "weight":
-            return np.asarray(_merged(module.weight.get_value(), self._row, *adapter_of(module, self.row)))
+            w = np.asarray(_merged(module.weight.get_value(), self._row, *adapter_of(module, self.row)))
+            return with_own_tokens(module, w)
         variable, row = getattr(module, kind), self.row
         if isinstance(module, Linear) and row is not None and module.trained_bias is not None:
             at = _position(module.trained_bias_rows, row)
@@ -107,6 +108,15 @@ def adapter_of(
         pairs.append((pick(module.start_A), -pick(module.start_B)))
     scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
     return pairs, np.float32(scaling), None if module.magnitude is None else pick(module.magnitude)
+
+
+def with_own_tokens(module: nnx.Module, w: Array | np.ndarray) -> Array | np.ndarray:
+    """An embedding's matrix with its trained rows in it (trainable_token_indices); any other as it is."""
+    if not isinstance(module, Embedding) or module.tokens is None:
+        return w
+    w = np.array(w)
+    w[list(module.token_rows)] = np.asarray(module.tokens.get_value()).astype(w.dtype)
+    return w
 
 
 def one_of(stack: Array | Quantised, row: int, expert: int | None = None) -> Array | Quantised:

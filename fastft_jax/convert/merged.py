@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from fastft_jax.convert.bitsandbytes import packed_matrices
 from fastft_jax.convert.bitsandbytes_8bit import int8_matrices
 from fastft_jax.convert.hf import FLOATS, tensor_requests
-from fastft_jax.convert.merge import adapter_of, folded, one_of
+from fastft_jax.convert.merge import adapter_of, folded, one_of, with_own_tokens
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models import lora
@@ -33,7 +33,7 @@ from fastft_jax.models.layers import Linear
 from fastft_jax.quant.dense import Quantised, dense, is_quantised
 from fastft_jax.quant.nf4 import NF4Array
 
-_LORA = re.compile(r"\.lora_([AB]\.weight|embedding_[AB]|magnitude_vector)$")
+_ADDED = re.compile(r"\.(lora_([AB]\.weight|embedding_[AB]|magnitude_vector)|token_adapter\.trainable_tokens_delta)$")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class Weights:
         adapter = adapter_of(leaf.module, leaf.row, leaf.expert) if self.adapted(leaf) else ([], np.float32(1), None)
         if not adapter[0] and not is_quantised(value):
             on_device = isinstance(value, jax.Array) and value.dtype != dtype
-            return np.asarray(value.astype(dtype) if on_device else value).astype(dtype, copy=False)
+            value = np.asarray(value.astype(dtype) if on_device else value).astype(dtype, copy=False)
+            return with_own_tokens(leaf.module, value)
         via = jnp.float32 if exact else self.decoder.dtype
         return _merge(value, *adapter, via=jnp.dtype(via), dtype=jnp.dtype(dtype))
 
@@ -143,7 +144,7 @@ class Weights:
         """Whatever is trained must be among what is merged here."""
         merged = {leaf.name for leaf in self.leaves if leaf.trained_whole}
         modules = {leaf.name.removesuffix(".weight") for leaf in self.leaves if leaf.path.endswith(".weight")}
-        left = [n for n in self._trained if n not in merged and _LORA.sub("", n) not in modules]
+        left = [n for n in self._trained if n not in merged and _ADDED.sub("", n) not in modules]
         if left:
             raise NotImplementedError(f"{left[0]!r} is trained, and merging it is not built yet; export the adapter")
         if self.decoder.embed_tokens.adapted and self.decoder.lm_head is None:

@@ -287,11 +287,16 @@ def make_norm(config: DecoderConfig, load, path: str, width: int) -> RMSNorm | L
 
 
 class Embedding(nnx.Module):
-    """`weight[ids] + scaling * (B A)^T[ids]`; weight [V, D], A float32 [R, V] and B float32 [D, R] where adapted."""
+    """`weight[ids] + scaling * (B A)^T[ids]`; weight [V, D], A float32 [R, V] and B float32 [D, R] where adapted.
+
+    `tokens` float32 [n, D] are trained rows, of the vocabulary's tokens `token_rows`, that stand in the weight's place.
+    """
 
     def __init__(self, weight):
         self.weight = Frozen(weight)
         self.lora_embedding_A, self.lora_embedding_B = nnx.data(None), nnx.data(None)
+        self.tokens = nnx.data(None)
+        self.token_rows: tuple[int, ...] | None = None
         self.scaling = 1.0
 
     @property
@@ -299,7 +304,13 @@ class Embedding(nnx.Module):
         return self.lora_embedding_A is not None
 
     def __call__(self, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        x = self.weight.get_value()[ids].astype(dtype)
+        weight = self.weight.get_value()
+        x = weight[ids].astype(dtype)
+        if self.tokens is not None:
+            count = len(self.token_rows)
+            place = jnp.full(weight.shape[0], count).at[jnp.array(self.token_rows)].set(jnp.arange(count))[ids]
+            own = self.tokens.get_value()[jnp.minimum(place, count - 1)].astype(dtype)
+            return jnp.where((place < count)[..., None], own, x)
         if not self.adapted:
             return x
         a, b = self.lora_embedding_A.get_value(), self.lora_embedding_B.get_value()

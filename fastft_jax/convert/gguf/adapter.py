@@ -73,6 +73,8 @@ def _only_lora(decoder: Decoder) -> None:
             found = f"{name}, which was trained whole"
         elif module is not None and module.adapted:
             found = f"LoRA on {name}"
+        elif getattr(module, "tokens", None) is not None:
+            found = "trained tokens"
     for _, module in nnx.iter_modules(decoder):
         if isinstance(module, RMSNorm | LayerNorm) and isinstance(module.weight, nnx.Param):
             found = found or "trained norms"
