@@ -16,8 +16,10 @@ pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.filterwa
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Qwen's: a shared expert with its gate, and a layer without experts. (folder, our model of it in NF4, adapted)"""
-    base = tiny.save(tiny.make_model("qwen-2-moe"), tmp_path_factory.mktemp("base"))
+    """Qwen's: a shared expert with its gate. (folder, our model of it in NF4, adapted)"""
+    base = tiny.save(
+        tiny.make_model("qwen-2-moe", num_hidden_layers=1, mlp_only_layers=[]), tmp_path_factory.mktemp("base")
+    )
     return base, adapt(load(base), target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
 
 
@@ -38,7 +40,7 @@ def test_onto_the_original_weights_experts_are_merged_one_by_one(case, tmp_path)
         changed += ".experts." in name
         exact = np.float64(w) + 6 / 4 * np.float64(pair[1]) @ np.float64(pair[0])
         np.testing.assert_allclose(after[name], exact, atol=1e-6, rtol=0, err_msg=name)
-    assert changed == 6 * 3  # of one layer
+    assert changed == 6 * 3
 
 
 def test_merged_4bit_leaves_experts_in_16_bits_as_transformers_5_reads_them(case, tmp_path):
@@ -47,11 +49,11 @@ def test_merged_4bit_leaves_experts_in_16_bits_as_transformers_5_reads_them(case
     model.save_pretrained_merged(tmp_path / "merged", save_method="merged_4bit", dtype="float32", verify=False)
     names = Checkpoint.open(tmp_path / "merged").names
     packed = {n.partition(".weight.quant_state")[0] for n in names if "quant_state" in n}
-    experts = "model.layers.1.mlp.experts"
+    experts = "model.layers.0.mlp.experts"
     assert f"{experts}.5.down_proj.weight" in names and not any("experts" in n.split(".") for n in packed)
     skipped = json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
     assert skipped["llm_int8_skip_modules"] == [
-        "lm_head", "model.layers.1.mlp.gate", experts, "model.layers.1.mlp.shared_expert_gate"
+        "lm_head", "model.layers.0.mlp.gate", experts, "model.layers.0.mlp.shared_expert_gate"
     ]  # fmt: skip
     expected, theirs = transformers_logits(tmp_path / "merged")
     assert {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"} == packed

@@ -22,6 +22,8 @@ from fastft_jax.convert.hf_writer import write_model
 from fastft_jax.convert.merged import Weights, entries_16bit
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.active_kernels import base_in_use
+from fastft_jax.models.full import train_everything
+from fastft_jax.models.layers import Frozen
 from fastft_jax.quant.trained_linear import trained_experts, trained_linear
 from fastft_jax.trainers.sft import check_output_dir
 
@@ -193,6 +195,10 @@ def test_what_full_finetuning_cannot_be_combined_with_is_refused(base, run, tmp_
         full(base, compute_dtype="fp8")
     with pytest.raises(ConfigError, match="loaded from"):
         full(base).save_pretrained(base)
+    strange = nnx.clone(load(base).decoder)
+    strange.norm.sinks = Frozen(jnp.zeros(2))
+    with pytest.raises(NotImplementedError, match="not built yet for sinks of RMSNorm"):
+        train_everything(strange)
     onto_itself = tiny_run.trainer(full(folder), folder, ROWS, **RUN, overwrite_output_dir=True)
     with pytest.raises(ConfigError, match="loaded from"):  # at the start, not at the end
         onto_itself.train()

@@ -38,7 +38,7 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
 def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
     """config.json and names under which the decoder stands by itself: other ones where it is a multimodal model's."""
     family = importlib.import_module(f"fastft_jax.models.families.{values['model_type']}")
-    if not hasattr(family, "text_values"):
+    if not hasattr(family, "STANDALONE"):
         return dict(values), family.NAMES
     alone = importlib.import_module(f"fastft_jax.models.families.{family.STANDALONE['model_type']}")
     return {**family.text_values(values), **family.STANDALONE}, alone.NAMES
