@@ -182,6 +182,9 @@ class Adapters:
                 raise NotImplementedError(f"{option} with {ends[0]} among target_modules is not built yet")
         if config["use_dora"] and from_weights:
             raise NotImplementedError(f"use_dora=True with init_lora_weights={init!r} is not built yet")
+        if config["lora_bias"] and (ends or config["use_dora"] or from_weights):
+            beside = ends[0] if ends else "use_dora=True" if config["use_dora"] else f"init_lora_weights={init!r}"
+            raise NotImplementedError(f"lora_bias=True with {beside} is not built (PEFT has it on plain LoRA alone)")
         tokens = self._trained_tokens(config, ends)
         peft_experts.require_plain(config, matched, from_weights)
         rank = {path: peft.value_of(config["rank_pattern"], path, config["r"]) for path in matched}
@@ -201,6 +204,7 @@ class Adapters:
             dropout=dropout,
             init=True if from_weights else init,
             use_dora=config["use_dora"],
+            lora_bias=config["lora_bias"],
             seed=seed,
         )
         if from_weights:
@@ -264,7 +268,7 @@ class Adapters:
 
     def _peft_name(self, name: str) -> str:
         """PEFT's tensor name for one of ours."""
-        if not name.endswith(".bias"):
+        if not name.endswith(".bias") or name.endswith(".lora_B.bias"):
             return f"{PREFIX}{name}"
         module = name.removesuffix(".bias")
         adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted}

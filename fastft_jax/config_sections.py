@@ -78,7 +78,7 @@ class LoraSection(Options):
         "seed": Elsewhere("random_state"),
         "gradient_checkpointing": Elsewhere("use_gradient_checkpointing"),
         "finetune_last_n_layers": Elsewhere("layers_to_transform"),
-        **dict.fromkeys(("target_parameters", "lora_bias"), _ADAPTERS),
+        "target_parameters": _ADAPTERS,
         **dict.fromkeys(("exclude_modules", "layers_pattern", "layer_replication", "qat_scheme"), _ADAPTERS),
         "ensure_weight_tying": _ADAPTERS,
         **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), NotBuilt("written into the adapter as is")),
@@ -113,6 +113,8 @@ class LoraSection(Options):
     more turns code the base anew for this adapter."""
     use_dora: bool = False
     """Train the length of each row of the adapted weights apart from its direction (DoRA); slower."""
+    lora_bias: bool = False
+    """Train a bias of B, too, on plain LoRA; it can be merged where the base has biases."""
     rank_pattern: dict[str, int] | None = None
     """Ranks of single modules: an expression for the end of the module's path, to a rank."""
     alpha_pattern: dict[str, int | float] | None = None

@@ -45,7 +45,8 @@ class MergedTensor:
             at = _position(module.trained_bias_rows, row)
             variable, row = (variable, row) if at is None else (module.trained_bias, at)
         value = variable.get_value()
-        return np.asarray(value if row is None else value[row], np.float32)
+        value = np.asarray(value if row is None else value[row], np.float32)
+        return value if kind != "bias" or added_bias(module, self.row) is None else value + added_bias(module, self.row)
 
     @property
     def _row(self) -> np.int32 | None:
@@ -54,8 +55,9 @@ class MergedTensor:
 
 def merged_layout(decoder: Decoder) -> list[MergedTensor]:
     """Every tensor of the merged model in the order of its layers; a tied head is not among them, one that was untied
-    by training it or the embedding is.
+    by training it or the embedding is. NotImplementedError as `require_biases`.
     """
+    require_biases(decoder)
     config, found = decoder.config, []
     for request in tensor_requests(config):
         module_path, _, _ = request.path.rpartition(".")
@@ -108,6 +110,27 @@ def adapter_of(
         pairs.append((pick(module.start_A), -pick(module.start_B)))
     scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
     return pairs, np.float32(scaling), None if module.magnitude is None else pick(module.magnitude)
+
+
+def require_biases(decoder: Decoder) -> None:
+    """NotImplementedError where LoRA has biases and the base none to add them to."""
+    for path, module in nnx.iter_modules(decoder):
+        if isinstance(module, Linear) and module.lora_bias is not None and module.bias is None:
+            if module.trained_bias is None:
+                raise NotImplementedError(
+                    f"{path[-1]} has no bias that lora_bias could be merged into; export the adapter"
+                )
+
+
+def added_bias(module: nnx.Module, row: int | None) -> Float[np.ndarray, "N"] | None:
+    """What LoRA's own bias adds to that of a layer."""
+    if not isinstance(module, Linear) or module.lora_bias is None or row is None:
+        return None
+    at = _position(module.adapted_rows, row)
+    if at is None:
+        return None
+    scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
+    return np.float32(scaling) * np.asarray(module.lora_bias.get_value()[at])
 
 
 def with_own_tokens(module: nnx.Module, w: Array | np.ndarray) -> Array | np.ndarray:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from fastft_jax.convert.bitsandbytes import packed_matrices
 from fastft_jax.convert.bitsandbytes_8bit import int8_matrices
 from fastft_jax.convert.hf import FLOATS, tensor_requests
-from fastft_jax.convert.merge import adapter_of, folded, one_of, with_own_tokens
+from fastft_jax.convert.merge import adapter_of, added_bias, folded, one_of, require_biases, with_own_tokens
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models import lora
@@ -33,7 +33,9 @@ from fastft_jax.models.layers import Linear
 from fastft_jax.quant.dense import Quantised, dense, is_quantised
 from fastft_jax.quant.nf4 import NF4Array
 
-_ADDED = re.compile(r"\.(lora_([AB]\.weight|embedding_[AB]|magnitude_vector)|token_adapter\.trainable_tokens_delta)$")
+_ADDED = re.compile(
+    r"\.(lora_([AB]\.weight|B\.bias|embedding_[AB]|magnitude_vector)|token_adapter\.trainable_tokens_delta)$"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Weights:
         self.leaves = tuple(leaves(decoder, names))
         self._trained = lora.trainable_tensors(decoder, names)
         self._original, self._there = original, {}
+        require_biases(decoder)
         self._check_trained()
         if original is not None:
             self._there = self._find(names.stored(original.__contains__))
@@ -133,6 +136,8 @@ class Weights:
         else:
             value = _live(leaf)
         adapter = adapter_of(leaf.module, leaf.row, leaf.expert) if self.adapted(leaf) else ([], np.float32(1), None)
+        if leaf.path.endswith(".bias") and (added := added_bias(leaf.module, leaf.row)) is not None:
+            return (np.asarray(value, np.float32) + added).astype(dtype)
         if not adapter[0] and not is_quantised(value):
             on_device = isinstance(value, jax.Array) and value.dtype != dtype
             value = np.asarray(value.astype(dtype) if on_device else value).astype(dtype, copy=False)

@@ -96,7 +96,7 @@ _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("bias", "lora_alpha", "lora_dropout", "modules_to_save", "r", "task_type", "use_rslora", "init_lora_weights"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
-    *("alpha_pattern", "rank_pattern", "use_dora", "trainable_token_indices"),
+    *("alpha_pattern", "rank_pattern", "use_dora", "trainable_token_indices", "lora_bias"),
     *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora they do nothing
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # these matter through init_lora_weights
 }
@@ -123,6 +123,7 @@ def adapter_config(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_dora: bool = False,
+    lora_bias: bool = False,
     loftq_config: Mapping[str, int] | None = None,
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None,
     revision: str | None = None,
@@ -150,6 +151,7 @@ def adapter_config(
         "layers_to_transform": listed(layers_to_transform),
         "loftq_config": dict(loftq_config or {}),
         "lora_alpha": lora_alpha,
+        "lora_bias": lora_bias,
         "lora_dropout": lora_dropout,
         "modules_to_save": listed(modules_to_save),
         "r": r,

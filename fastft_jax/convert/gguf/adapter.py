@@ -83,6 +83,8 @@ def _only_lora(decoder: Decoder) -> None:
                 found = found or "base weights that were trained"
             if module.magnitude is not None:
                 found = found or "DoRA's magnitudes"
+            if module.lora_bias is not None:
+                found = found or "biases of LoRA"
             if module.trained_bias is not None:
                 found = found or "trained biases"
             if module.requantised:
