@@ -18,14 +18,15 @@ from jaxtyping import Array
 
 from fastft_jax.convert import fp8_blocks
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
+from fastft_jax.convert.bitsandbytes_8bit import DecodedInt8, PackedInt8, int8_matrices
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.quant import int8
-from fastft_jax.quant.dense import is_quantised
-from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
+from fastft_jax.quant.dense import Quantised, dense, is_quantised
+from fastft_jax.quant.nf4 import quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
@@ -45,8 +46,12 @@ class Request:
 
     def hf_names(self, names: NameTable) -> list[str]:
         """All its tensors, layer by layer and within a layer expert by expert."""
-        experts = range(self.shape[0]) if len(self.shape) == 3 else (None,)
-        return [names.hf_name(self.path, layer, expert) for layer in (self.layers or (None,)) for expert in experts]
+        return [names.hf_name(self.path, layer, e) for layer in (self.layers or (None,)) for e in self.experts]
+
+    @property
+    def experts(self) -> tuple[int | None, ...]:
+        """Their numbers; (None,) for what is one tensor a layer."""
+        return tuple(range(self.shape[0])) if self.path.startswith("mlp.experts.") else (None,)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -90,9 +95,9 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a folder or open checkpoint: linears in NF4 (double-quantised), int8 or `dtype`, the rest in that.
 
-    Matrices that bitsandbytes packed keep their codes and scales, bit for bit; those in block-scaled fp8 are decoded on
-    the device, then treated as all others. Host memory holds two tensors at a time: the one being quantised and the
-    next, read ahead by a thread.
+    Matrices that bitsandbytes packed keep their codes and scales, bit for bit; those in 8 bits only in int8, else they
+    are decoded, as those in block-scaled fp8 are. Host memory holds two tensors at a time: the one being quantised and
+    the next, read ahead by a thread.
     Raises CheckpointError for missing, unexpected or misshapen tensors, ConfigError for int8 of a checkpoint in 4 bits,
     before any is read.
     """
@@ -101,9 +106,20 @@ def load_decoder(
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
     shapes = {n: r.tensor_shape for r in matrices for n in r.hf_names(names)}
-    packed, scaled = packed_matrices(checkpoint, shapes), fp8_blocks.scaled_matrices(checkpoint, shapes)
+    packed, int8_packed = packed_matrices(checkpoint, shapes), int8_matrices(checkpoint, shapes)
+    scaled = fp8_blocks.scaled_matrices(checkpoint, shapes)
+    if load_in_8bit:
+        packed |= int8_packed
+    elif int8_packed:
+        checkpoint = DecodedInt8(checkpoint, int8_packed)
+        if load_in_4bit:
+            warnings.warn(
+                f"{checkpoint.folder} is in 8 bits: its matrices are quantised again, to 4 bits; load_in_8bit=True "
+                "takes them as they are",
+                stacklevel=3,
+            )
     _check(checkpoint, requests, names, config, packed, scaled)
-    if packed and load_in_8bit:
+    if load_in_8bit and any(isinstance(p, Packed) for p in packed.values()):
         raise ConfigError(
             f"load_in_8bit=True: {checkpoint.folder} holds matrices in 4 bits already; use load_in_4bit=True"
         )
@@ -134,7 +150,7 @@ def load_decoder(
             tensors = request.hf_names(names)
             here = [packed.get(name) for name in tensors]
             if any(here):
-                return with_lead(_unpacked(path, here, ahead, dtype, load_in_4bit), request.lead)
+                return with_lead(_unpacked(path, here, ahead, dtype, quantised), request.lead)
             stack = None
             for i, name in enumerate(tensors):
                 w = ahead.next()
@@ -172,7 +188,7 @@ def _check(
     requests: list[Request],
     names: NameTable,
     config: DecoderConfig,
-    packed: dict[str, Packed],
+    packed: dict[str, Packed | PackedInt8],
     scaled: dict[str, str],
 ) -> None:
     expected = {name: request.tensor_shape for request in requests for name in request.hf_names(names)}
@@ -239,31 +255,34 @@ def _cast(w: np.ndarray, dtype) -> Array:
 
 
 def _unpacked(
-    path: str, packed: list[Packed | None], ahead: "_ReadAhead", dtype, load_in_4bit: bool
-) -> NF4Array | Array:
-    """The stack of one place whose matrices, some or all, are packed: NF4 as they are, or all of them in `dtype`.
+    path: str, packed: list[Packed | PackedInt8 | None], ahead: "_ReadAhead", dtype, quantised: str | None
+) -> Quantised | Array:
+    """The stack of one place whose matrices, some or all, are packed: as they are, or all of them in `dtype`.
 
     A place is one array, so a single matrix in 16 bits puts all of it in 16 bits: nothing is quantised again.
     """
     alike = all(packed) and len({p.double for p in packed}) == 1
-    if load_in_4bit and not alike:
+    keep = quantised is not None and alike
+    if quantised is not None and not alike:
+        bits = 4 if quantised == "nf4" else 8
+        left = sum(p is None for p in packed)
         warnings.warn(
-            f"{path}: {sum(p is None for p in packed)} of {len(packed)} layers are not in 4 bits in this checkpoint, "
+            f"{path}: {left} of {len(packed)} layers are not in {bits} bits in this checkpoint, "
             f"or not all in the same way, so all of them are kept in {jnp.dtype(dtype).name}",
             stacklevel=2,
         )
     stack = None
     for i, p in enumerate(packed):
         part = ahead.next() if p is None else p.assemble([ahead.next() for _ in p.tensors])
-        if not (load_in_4bit and alike):
-            part = _cast(part, dtype) if p is None else dequantize(part, dtype)
+        if not keep:
+            part = _cast(part, dtype) if p is None else dense(part, dtype)
         if stack is None:
             stack = jax.tree.map(lambda leaf: jnp.zeros((len(packed), *leaf.shape), leaf.dtype), part)
         stack = jax.block_until_ready(_put(stack, part, np.int32(i)))
     return stack
 
 
-def with_lead(stack: NF4Array | Array, lead: tuple[int, ...]) -> NF4Array | Array:
+def with_lead(stack: Quantised | Array, lead: tuple[int, ...]) -> Quantised | Array:
     """Matrices that were stacked on one axis, on the axes `lead`: layers, and experts if there are any."""
     return stack if len(lead) < 2 else _split_first_axis(stack, lead)
 

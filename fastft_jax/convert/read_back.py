@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
-from fastft_jax.convert.hf import dtype_of, read_config
+from fastft_jax.convert.hf import Request, dtype_of, read_config
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.models.attention import Sequence
 from fastft_jax.models.decoder import Decoder, DecoderLayer, Loader
@@ -33,7 +33,10 @@ def folder_logits(
     names = names.stored(checkpoint.__contains__)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        name = names.hf_name(path, None if layers is None else layers[0])
+        request = Request(path, shape, layers)
+        name, *_ = tensors = request.hf_names(names)
+        if request.experts != (None,):
+            return jnp.stack([jnp.asarray(checkpoint.read(each)).astype(dtype) for each in tensors])
         packed = packed_matrices(checkpoint, {name: shape}) if layers is not None and len(shape) == 2 else {}
         if name in packed:
             return packed[name].assemble([checkpoint.read(part) for part in packed[name].tensors])

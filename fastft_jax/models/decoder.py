@@ -266,6 +266,11 @@ class Decoder(nnx.Module):
     def _head_adapter(self) -> Linear | None:
         return self.lm_head if self.lm_head is not None and self.lm_head.adapted else None
 
+    @property
+    def _tied_tokens(self) -> Embedding | None:
+        """The embedding, where it has trained rows and is the head, too."""
+        return self.embed_tokens if self.lm_head is None and self.embed_tokens.tokens is not None else None
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of every position given."""
         weight = self.head_weight().astype(hidden.dtype)
@@ -273,6 +278,9 @@ class Decoder(nnx.Module):
         if (head := self._head_adapter) is not None:
             h = contract(hidden, head.lora_A.get_value().astype(hidden.dtype), 2, 1, hidden.dtype)
             logits = logits + contract(h, head_columns(head, hidden.dtype), 2, 1, jnp.float32)
+        if (embedding := self._tied_tokens) is not None:
+            own = contract(hidden, embedding.tokens.get_value().astype(hidden.dtype), 2, 1, jnp.float32)
+            logits = logits.at[..., jnp.array(embedding.token_rows)].set(own)
         if self.config.head_bias:
             logits = logits + self.lm_head.bias.get_value().astype(jnp.float32)
         scale, cap = self.config.logit_scale, self.config.final_softcap
@@ -283,15 +291,18 @@ class Decoder(nnx.Module):
         self, hidden: Float[Array, "M D"], dropout_key: Array | None = None
     ) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
         """Two factors whose product is the logits before scale and cap; a head's bias is a column more, and the columns
-        of a LoRA pair on it come next: its gradient is rounded to the head's dtype once."""
+        of a LoRA pair on it come next: its gradient is rounded to the head's dtype once. Trained rows of a tied head
+        are such a pair, too: what they differ by, and a column of zeros with a one for each."""
         weight = self.head_weight()
         if (head := self._head_adapter) is not None:
             dropped = hidden if dropout_key is None else drop(hidden, head.dropout, dropout_key)
             h = contract(dropped, head.lora_A.get_value().astype(hidden.dtype), 1, 1, hidden.dtype)
-            columns = head_columns(head, weight.dtype)
-            more = ((0, 0), (0, -h.shape[1] % HEAD_BIAS_COLUMNS))
-            hidden = jnp.concatenate([hidden, jnp.pad(h, more)], axis=1)
-            weight = jnp.concatenate([weight, jnp.pad(columns, more)], axis=1)
+            hidden, weight = _with_columns(hidden, weight, h, head_columns(head, weight.dtype))
+        if (embedding := self._tied_tokens) is not None:
+            rows, own = jnp.array(embedding.token_rows), embedding.tokens.get_value()
+            change = (own - weight[rows].astype(own.dtype)).astype(hidden.dtype)
+            columns = jnp.zeros((weight.shape[0], rows.size), weight.dtype).at[rows, jnp.arange(rows.size)].set(1)
+            hidden, weight = _with_columns(hidden, weight, contract(hidden, change, 1, 1, hidden.dtype), columns)
         if not self.config.head_bias:
             return hidden, weight
         more = ((0, 0), (0, HEAD_BIAS_COLUMNS))
@@ -315,6 +326,17 @@ class Decoder(nnx.Module):
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x, tuple(rope_tables(rope, self.config.rope_dim, positions) for rope in self.config.ropes)
+
+
+def _with_columns(
+    hidden: Float[Array, "M D"], weight: Float[Array, "V D"], h: Float[Array, "M R"], columns: Float[Array, "V R"]
+) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
+    """The factors of `hidden weight^T + h columns^T`."""
+    more = ((0, 0), (0, -h.shape[1] % HEAD_BIAS_COLUMNS))
+    return (
+        jnp.concatenate([hidden, jnp.pad(h, more)], axis=1),
+        jnp.concatenate([weight, jnp.pad(columns, more)], axis=1),
+    )
 
 
 def head_columns(head: Linear, dtype) -> Float[Array, "V R"]:

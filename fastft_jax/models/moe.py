@@ -19,6 +19,7 @@ from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.router import route, router_load
 from fastft_jax.pallas_kernels.glu import glu
 from fastft_jax.quant.lora_linear import contract
+from fastft_jax.quant.trained_linear import trained_linear
 
 
 class Sorted(NamedTuple):
@@ -84,9 +85,10 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-    """`x W^T`, in float32 if so configured; weight [L, N, D] stays in 16 or 32 bits, takes no adapter, is not trained.
+    """`x W^T`, in float32 if so configured; weight [L, N, D] stays in 16 or 32 bits and takes no adapter: it trains in
+    full fine-tuning alone.
 
-    e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`.
+    e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`, and never trained.
     """
 
     def __init__(self, weight, float32: bool = False, e_score_correction_bias=None):
@@ -96,7 +98,10 @@ class Router(nnx.Module):
         self.float32 = float32
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M N"]:
-        return contract(x, self.weight.get_value().astype(x.dtype), 1, 1, jnp.float32 if self.float32 else x.dtype)
+        weight, dtype = self.weight.get_value(), jnp.float32 if self.float32 else x.dtype
+        if isinstance(self.weight, nnx.Param):
+            return trained_linear(x.astype(dtype), [weight])
+        return contract(x, weight.astype(x.dtype), 1, 1, dtype)
 
     @property
     def correction(self) -> Float[Array, "N"] | None:

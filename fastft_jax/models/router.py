@@ -1,7 +1,7 @@
 """Which experts a token goes to, with what weight, and how evenly tokens are spread.
 
 All from the router's logits, in float32 as transformers computes it. Noise that some models add while they are
-pretrained (jitter, sampled experts) is left out: the router is frozen here.
+pretrained (jitter, sampled experts) is left out.
 """
 
 import jax

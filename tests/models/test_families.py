@@ -209,7 +209,7 @@ GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
         ({"model_type": "mine", "auto_map": {"AutoModel": "x.py"}}, ["model_type='mine'", "trust_remote_code"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "'awq'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "'gptq'"]),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, ["load_in_4bit=False"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["load_in_4bit=False"]),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             ["bnb_4bit_quant_type='fp4'"],

@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
 from fastft_jax.models.families.registry import config_from_hf
@@ -80,6 +81,19 @@ def test_logits_and_gradients_equal_transformers_with_the_adapter_in_peft(case, 
             np.testing.assert_allclose(mine[name], value, atol=test_parity.TOLERANCE, rtol=0, err_msg=name)
     finally:
         theirs.unload()
+
+
+def test_transformers_computes_the_merged_models_logits(case, tmp_path):
+    """Under the names of published files: every tensor of the base's folder is there, of its shape."""
+    model, ours = case
+    ours.save_pretrained_merged(tmp_path / "merged", dtype="float32", verify=False)
+    before, after = Checkpoint.open(ours.base_folder), Checkpoint.open(tmp_path / "merged")
+    assert {n: before.info(n) for n in before.names} == {n: after.info(n) for n in after.names}
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    ids, mask = test_parity.padded_batch()
+    theirs, real = test_parity.torch_logits(merged.eval(), ids, mask), mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(ours(ids, mask))[real], theirs[real], atol=test_parity.TOLERANCE, rtol=0)
+    assert np.abs(theirs - test_parity.torch_logits(model, ids, mask))[real].max() > 1
 
 
 def one_by_one(fused: dict[str, np.ndarray], model) -> dict[str, np.ndarray]:
@@ -169,7 +183,7 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
         np.testing.assert_array_equal(ours[expert], wanted.numpy())
 
 
-def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mixtral):
+def test_experts_are_int8_one_by_one(mixtral):
     folder, theirs = mixtral
     weight = test_parity.load(folder, load_in_8bit=True).decoder.segments[0][0].mlp.experts.down_proj.weight.get_value()
     w = jnp.asarray(theirs.model.layers[1].mlp.experts.down_proj[3].detach().numpy())
@@ -178,8 +192,6 @@ def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mix
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 96)), jnp.float32)
     got = grouped_lora_linear(x, jnp.array([0, 0, 0, 5]), [Projection(weight.at(1))], [1.0])
     np.testing.assert_allclose(got, x @ int8.dequantize(int8.quantize(w), jnp.float32).T, rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="full_finetuning=True is not built yet for mixtures of experts"):
-        test_parity.load(folder, full_finetuning=True)
 
 
 def test_the_balancing_loss_and_its_gradient_are_transformers(tmp_path):

@@ -39,15 +39,15 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
 def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:
     """config.json and names under which the decoder stands by itself: other ones where it is a multimodal model's."""
     family = importlib.import_module(f"fastft_jax.models.families.{values['model_type']}")
-    if not hasattr(family, "text_values"):
+    if not hasattr(family, "STANDALONE"):
         return dict(values), family.NAMES
     alone = importlib.import_module(f"fastft_jax.models.families.{family.STANDALONE['model_type']}")
     return {**family.text_values(values), **family.STANDALONE}, alone.NAMES
 
 
 def check_quantization(settings: Any) -> None:
-    """Nothing, bitsandbytes NF4 as transformers writes it, or fp8 in blocks of 128 x 128; CheckpointError for every
-    other kind, with its name."""
+    """Nothing, bitsandbytes NF4 or int8 as transformers writes it, or fp8 in blocks of 128 x 128; CheckpointError for
+    every other kind, with its name."""
     if not settings:
         return
     said = settings if isinstance(settings, dict) else {"quant_method": settings}
@@ -58,6 +58,8 @@ def check_quantization(settings: Any) -> None:
         raise CheckpointError(
             f"config.json: quantization_config.quant_method={method!r} cannot be read yet; use the 16-bit checkpoint"
         )
+    if said.get("load_in_8bit", said.get("_load_in_8bit", False)):
+        return
     needed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
     absent = {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}  # their defaults
     for key, value in needed.items():
