@@ -85,7 +85,7 @@ def xla_cache(tmp_path_factory) -> Path:
 def quick_compilation():
     """For modules whose time goes into compiling programs that run for milliseconds; their tolerances are wide enough.
 
-    Not where bits are compared between two programs or with another process, nor for interpreted kernels with large
+    Not where sums are compared bit for bit between programs or processes, nor for interpreted kernels with large
     blocks or real training runs, which take longer without LLVM's passes than these do to run.
     """
     import jax
