@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 _HELP = """
 import json, sys, time
 start = time.perf_counter()
