@@ -21,6 +21,7 @@ from fastft_jax.pallas_kernels.attention.cases import CASES
 from fastft_jax.pallas_kernels.attention.ranges import BROKEN, visible_ranges
 from fastft_jax.pallas_kernels.attention.tiles import Blocks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # fp32 rounding of softmaxes over at most 70 keys, summed block by block in another order.
 FP32 = dict(rtol=2e-5, atol=2e-5)
 KERNELS = triton.Kernels(Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1))
