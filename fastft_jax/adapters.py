@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastft_jax.convert import peft, peft_experts
+from fastft_jax.convert import peft, peft_experts, peft_targets
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.original_weights import OriginalWeights
 from fastft_jax.convert.peft_fused import fused, is_fused, split
@@ -190,6 +190,10 @@ class Adapters:
                 raise NotImplementedError(f"{option} with {ends[0]} among target_modules is not built yet")
         if config["use_dora"] and from_weights:
             raise NotImplementedError(f"use_dora=True with init_lora_weights={init!r} is not built yet")
+        if config["lora_bias"] and (ends or config["use_dora"] or from_weights):
+            beside = ends[0] if ends else "use_dora=True" if config["use_dora"] else f"init_lora_weights={init!r}"
+            raise NotImplementedError(f"lora_bias=True with {beside} is not built (PEFT has it on plain LoRA alone)")
+        tokens = self._trained_tokens(config, ends)
         peft_experts.require_plain(config, matched, from_weights)
         rank = {path: peft.value_of(config["rank_pattern"], path, config["r"]) for path in matched}
         scaling = {
@@ -208,6 +212,7 @@ class Adapters:
             dropout=dropout,
             init=True if from_weights else init,
             use_dora=config["use_dora"],
+            lora_bias=config["lora_bias"],
             seed=seed,
         )
         if from_weights:
@@ -220,10 +225,25 @@ class Adapters:
                 lora_ends.adapt_embedding(self.decoder, **options)
         if config["bias"] != "none":
             lora.train_biases(self.decoder, config["bias"], self._originals)
+        if tokens:
+            lora_ends.train_tokens(self.decoder, tokens)
         if config["modules_to_save"]:
             whole_modules.train_whole(
                 self.decoder, self.names, self._saved_paths(config["modules_to_save"]), self._originals
             )
+
+    def _trained_tokens(self, config: dict[str, Any], adapted_ends: list[str]) -> list[int]:
+        """Ids of the tokens whose rows of the embedding train."""
+        if config["trainable_token_indices"] is None:
+            return []
+        tied = self.decoder.config.tie_word_embeddings
+        whole = [m for m in config["modules_to_save"] or () if m.endswith(("embed_tokens", "lm_head"))]
+        beside = [path for path in (*adapted_ends, *whole) if tied or not path.endswith(self._head_path)]
+        if beside:
+            raise NotImplementedError(
+                f"trainable_token_indices beside an adapted or saved {beside[0]} is not built yet"
+            )
+        return peft_targets.trained_tokens(config["trainable_token_indices"], self.decoder.config.vocab_size)
 
     def _start_from_weights(self, targets: list[lora.Site], init: str, config: dict[str, Any]) -> None:
         if init != lora_starts.LOFTQ:
@@ -256,7 +276,7 @@ class Adapters:
 
     def _peft_name(self, name: str) -> str:
         """PEFT's tensor name for one of ours."""
-        if not name.endswith(".bias"):
+        if not name.endswith(".bias") or name.endswith(".lora_B.bias"):
             return f"{PREFIX}{name}"
         module = name.removesuffix(".bias")
         adapted = {site.hf_path for site in lora.sites(self.decoder, self.names) if site.adapted}

@@ -78,9 +78,9 @@ class LoraSection(Options):
         "seed": Elsewhere("random_state"),
         "gradient_checkpointing": Elsewhere("use_gradient_checkpointing"),
         "finetune_last_n_layers": Elsewhere("layers_to_transform"),
-        **dict.fromkeys(("target_parameters", "lora_bias"), _ADAPTERS),
+        "target_parameters": _ADAPTERS,
         **dict.fromkeys(("exclude_modules", "layers_pattern", "layer_replication", "qat_scheme"), _ADAPTERS),
-        **dict.fromkeys(("ensure_weight_tying", "trainable_token_indices"), _ADAPTERS),
+        "ensure_weight_tying": _ADAPTERS,
         **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out"), NotBuilt("written into the adapter as is")),
         "temporary_location": NotBuilt("nothing is spilled to disk"),
     }
@@ -113,10 +113,14 @@ class LoraSection(Options):
     more turns code the base anew for this adapter."""
     use_dora: bool = False
     """Train the length of each row of the adapted weights apart from its direction (DoRA); slower."""
+    lora_bias: bool = False
+    """Train a bias of B, too, on plain LoRA; it can be merged where the base has biases."""
     rank_pattern: dict[str, int] | None = None
     """Ranks of single modules: an expression for the end of the module's path, to a rank."""
     alpha_pattern: dict[str, int | float] | None = None
     """lora_alpha of single modules, in the same way."""
+    trainable_token_indices: list[NotNegative] | dict[str, list[NotNegative]] | None = None
+    """Tokens, by id, whose rows of embed_tokens train (and of a head tied to it): cheaper than all of the embedding."""
 
     @field_validator("use_gradient_checkpointing")
     @classmethod

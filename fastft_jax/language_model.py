@@ -134,10 +134,6 @@ class FastLanguageModel(Adapters):
                 "was trained for; its rotary embedding is left as it is (pass rope_scaling to change it)",
                 stacklevel=2,
             )
-        if full_finetuning and config.experts is not None:
-            raise NotImplementedError(
-                f"full_finetuning=True is not built yet for mixtures of experts (model_type={config.model_type!r})"
-            )
         if source is not None:
             source.bind(config, names)
         stored = jnp.float32 if full_finetuning else _dtype(dtype)
@@ -193,13 +189,16 @@ class FastLanguageModel(Adapters):
         layers_to_transform: Sequence[int] | int | None = None,
         loftq_config: dict | None = None,
         use_dora: bool = False,
+        lora_bias: bool = False,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None,
     ) -> "FastLanguageModel":
         """Add a LoRA adapter to the model, in place, and return it. Arguments as in PEFT's LoraConfig.
 
         The default of target_modules means every linear layer, also where a family gives them other names (Phi).
         rank_pattern and alpha_pattern give modules ranks and alphas of their own: expressions for the ends of paths.
+        trainable_token_indices: tokens whose rows of the embedding train, and of a head that is tied to it.
         """
         if model.full_finetuning:
             raise ConfigError("full_finetuning=True trains every weight: there is nothing for an adapter to add")
@@ -237,8 +236,10 @@ class FastLanguageModel(Adapters):
             init_lora_weights=True if init == "loftq" and not own_base else init,
             loftq_config={"loftq_bits": 4, **loftq_config} if own_base else None,
             use_dora=use_dora,
+            lora_bias=lora_bias,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
+            trainable_token_indices=trainable_token_indices,
             base_model_name_or_path=model.name_or_path,
         )
         adapted = model._matched(config)

@@ -1,4 +1,4 @@
-"""Compiles every kernel for GPUs that are not there, and fails where registers spill.
+"""Compiles every kernel for GPUs that are not there, and fails where more registers spill than a case says may.
 
     make compile-kernels                     # its own environment with the CUDA plugin, then this script
     python scripts/compile_kernels.py [--gpus H200 A100 L4] [PART ...]
@@ -54,7 +54,7 @@ def main() -> int:
                 found = report()
             except Exception as error:
                 found = [f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:200]}"]
-            bad += any("FAILED" in line or "spills 0" not in line for line in found)
+            bad += any("FAILED" in line or int(line.split("spills ")[1]) > case.spills for line in found)
             print(f"{gpu:4s} {case.name}  {time.perf_counter() - start:.1f} s  {'; '.join(found)}", flush=True)
     return 1 if bad else 0
 

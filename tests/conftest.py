@@ -1,5 +1,7 @@
 """Fixtures every test may use."""
 
+import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,23 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
+
+# XLA's newer fusion emitters take most of the time in which it compiles a tiny model for the CPU; what came before them
+# computes the same sums. Before jax starts, and for the processes that the tests start too.
+QUICK_FUSIONS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+if QUICK_FUSIONS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FUSIONS}".strip()
+
+
+def pytest_collection_finish():
+    """What importing made (torch, transformers, jax: a million objects) stays, so the collector need not walk it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind reports at exit what was never collected
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +85,7 @@ def xla_cache(tmp_path_factory) -> Path:
 def quick_compilation():
     """For modules whose time goes into compiling programs that run for milliseconds; their tolerances are wide enough.
 
-    Not where bits are compared between two programs or with another process, nor for interpreted kernels with large
+    Not where sums are compared bit for bit between programs or processes, nor for interpreted kernels with large
     blocks or real training runs, which take longer without LLVM's passes than these do to run.
     """
     import jax

@@ -11,6 +11,8 @@ import yaml
 
 from fastft_jax.convert.safetensors import Checkpoint, write_safetensors, write_sharded
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def refused(cli, tmp_path):

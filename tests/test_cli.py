@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 _HELP = """
 import json, sys, time
 start = time.perf_counter()
@@ -93,6 +94,7 @@ def finished(run_config, tmp_path, xla_cache):
     """(output folder, what was printed, config path) of a complete run in a process of its own."""
     path = run_config({"training": {"eval_strategy": "epoch"}, "data": {"eval_split": "train[24:32]"}})
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(xla_cache)}
+    del environment["XLA_FLAGS"]  # compiled as a user's run is, not as the tests'
     command = [sys.executable, "-c", _RUN, "--config", path, "training.max_steps=4"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -48,6 +48,11 @@ def test_kernels_and_reasons_on_cards_that_are_not_here():
     assert h100["llama"]["packed"].name == "cudnn" and "9.0 (Hopper)" in a100["llama"]["packed"].why[0]
     assert (a100["llama"]["fp8"].name, l4["llama"]["fp8"].name) == ("no", "yes")
     assert h100["phi"]["mlp"].name == "xla" and h100["phi"]["norms"].why and not h100["llama"]["norms"].why
+    latent, why = h100["deepseek_v3"]["attention"]
+    assert latent == "cudnn" and why == ("values of width 128 are filled up with zeros to 192",)
+    assert (
+        a100["deepseek_v3"]["attention"].name == "triton" and "head_dim 192" in a100["deepseek_v3"]["attention"].why[0]
+    )
     assert "2 GiB" in h100["cohere"]["nf4"].why[0]  # 40 matrices [22528, 8192] are 3.7 GB of codes
     for active in cpu.values():
         assert {each.name for each in active.values()} == {"xla", "emulated"} and all(

@@ -14,6 +14,7 @@ from fastft_jax import FastLanguageModel
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = 1e-4  # float32 on both sides
 IDS = np.random.default_rng(0).integers(0, tiny.COMMON["vocab_size"], (2, 24))
 

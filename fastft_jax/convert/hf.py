@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from fastft_jax.convert import fp8_blocks
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
+from fastft_jax.convert.bitsandbytes_8bit import DecodedInt8, PackedInt8, int8_matrices
 from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
@@ -24,11 +26,12 @@ from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.quant import int8
-from fastft_jax.quant.dense import is_quantised
-from fastft_jax.quant.nf4 import NF4Array, dequantize, quantize
+from fastft_jax.quant.dense import Quantised, dense, is_quantised
+from fastft_jax.quant.nf4 import quantize
 
 FLOATS = ("bfloat16", "float16", "float32")
 UNQUANTISED = ("mlp.router.weight", "mlp.shared_expert_gate.weight")
+IN_FLOAT32 = ("mlp.router.e_score_correction_bias",)  # whatever the model's dtype: rounded, it chooses other experts
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a folder or open checkpoint: linears in NF4 (double-quantised), int8 or `dtype`, the rest in that.
 
-    Matrices that bitsandbytes packed keep their codes and scales, bit for bit. Host memory holds two tensors at a time:
-    the one being quantised and the next, read ahead by a thread.
+    Matrices that bitsandbytes packed keep their codes and scales, bit for bit; those in 8 bits only in int8, else they
+    are decoded, as those in block-scaled fp8 are. Host memory holds two tensors at a time: the one being quantised and
+    the next, read ahead by a thread.
     Raises CheckpointError for missing, unexpected or misshapen tensors, ConfigError for int8 of a checkpoint in 4 bits,
     before any is read.
     """
@@ -104,21 +108,34 @@ def load_decoder(
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
-    packed = packed_matrices(checkpoint, {n: r.tensor_shape for r in matrices for n in r.hf_names(names)})
-    _check(checkpoint, requests, names, config, packed)
-    if packed and load_in_8bit:
+    shapes = {n: r.tensor_shape for r in matrices for n in r.hf_names(names)}
+    packed, int8_packed = packed_matrices(checkpoint, shapes), int8_matrices(checkpoint, shapes)
+    scaled = fp8_blocks.scaled_matrices(checkpoint, shapes)
+    if load_in_8bit:
+        packed |= int8_packed
+    elif int8_packed:
+        checkpoint = DecodedInt8(checkpoint, int8_packed)
+        if load_in_4bit:
+            warnings.warn(
+                f"{checkpoint.folder} is in 8 bits: its matrices are quantised again, to 4 bits; load_in_8bit=True "
+                "takes them as they are",
+                stacklevel=3,
+            )
+    _check(checkpoint, requests, names, config, packed, scaled)
+    if load_in_8bit and any(isinstance(p, Packed) for p in packed.values()):
         raise ConfigError(
             f"load_in_8bit=True: {checkpoint.folder} holds matrices in 4 bits already; use load_in_4bit=True"
         )
     quantised = "nf4" if load_in_4bit else "int8" if load_in_8bit else None
     wanted = [name for request in requests for name in request.hf_names(names)]
-    order = iter([part for name in wanted for part in (packed[name].tensors if name in packed else [name])])
+    parts = {name: [name, scales] for name, scales in scaled.items()} | {n: p.tensors for n, p in packed.items()}
+    order = iter([part for name in wanted for part in parts.get(name, [name])])
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor() as compilers:
         ahead = _ReadAhead(checkpoint, order, pool)
         programs = {
             kind: compilers.submit(_compile_fill, *kind)
             for kind in dict.fromkeys(
-                _kind(request, checkpoint.info(name)[0], dtype, quantised)
+                _kind(request, np.dtype(dtype) if name in scaled else checkpoint.info(name)[0], dtype, quantised)
                 for request in requests
                 if len(request.tensor_shape) > 1 and request.layers is not None
                 for name in request.hf_names(names)
@@ -130,15 +147,18 @@ def load_decoder(
             request = Request(path, shape, layers)
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
+            tensors = request.hf_names(names)
             if len(request.tensor_shape) == 1:
-                rows = [ahead.next().astype(dtype) for _ in request.hf_names(names)]
+                held_in = dtype_of(path, dtype)
+                rows = [ahead.next().astype(held_in) for _ in tensors]
                 return jax.device_put(np.stack(rows).reshape(len(layers), *shape))
-            here = [packed.get(name) for name in request.hf_names(names)]
+            here = [packed.get(name) for name in tensors]
             if any(here):
-                return with_lead(_unpacked(path, here, ahead, dtype, load_in_4bit), request.lead)
+                return with_lead(_unpacked(path, here, ahead, dtype, quantised), request.lead)
             stack = None
-            for i in range(math.prod(request.lead)):
+            for i, name in enumerate(tensors):
                 w = ahead.next()
+                w = fp8_blocks.decode(w, ahead.next(), dtype) if name in scaled else w
                 room, fill = programs[_kind(request, w.dtype, dtype, quantised)].result()
                 # Waiting keeps the host at two tensors: otherwise transfers queue up behind the reader.
                 stack = room() if stack is None else stack
@@ -148,6 +168,11 @@ def load_decoder(
             return stack.reshape(len(layers), *shape)
 
         return Decoder(config, load, dtype)
+
+
+def dtype_of(path: str, dtype: Any) -> Any:
+    """The dtype of an unquantised tensor, in a decoder and in checkpoints of it, where `dtype` is the model's."""
+    return np.float32 if path in IN_FLOAT32 else dtype
 
 
 def tensor_requests(config: DecoderConfig) -> Iterator[Request]:
@@ -167,18 +192,27 @@ def _check(
     requests: list[Request],
     names: NameTable,
     config: DecoderConfig,
-    packed: dict[str, Packed],
+    packed: dict[str, Packed | PackedInt8],
+    scaled: dict[str, str],
 ) -> None:
     expected = {name: request.tensor_shape for request in requests for name in request.hf_names(names)}
     missing = checkpoint.missing(expected)
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {_few(missing)}, which its config.json calls for")
     ignored = [*names.ignored, names.top["lm_head.weight"]] if config.tie_word_embeddings else list(names.ignored)
+    unread = tuple(names.layer_prefix.format(config.num_hidden_layers + i) for i in range(config.unread_layers))
     unexpected = [
         n
-        for n in checkpoint.unexpected(expected)
+        for n in checkpoint.unexpected([*expected, *scaled.values()])
         if not n.endswith(tuple(ignored)) and not n.startswith(names.ignored_under) and belongs_to(n) not in packed
     ]
+    if behind := [n for n in unexpected if n.startswith(unread)]:
+        warnings.warn(
+            f"{checkpoint.folder}: {len(behind)} tensors of {', '.join(unread)} are not read: they predict tokens "
+            "further ahead (num_nextn_predict_layers), which serves pretraining and speculative decoding",
+            stacklevel=3,
+        )
+        unexpected = [n for n in unexpected if not n.startswith(unread)]
     if unexpected:
         raise CheckpointError(f"{checkpoint.folder} holds {_few(unexpected)}, which its config.json does not call for")
     for name, shape in expected.items():
@@ -189,7 +223,7 @@ def _check(
             raise CheckpointError(
                 f"{checkpoint.path_of(name)}: {name!r} has shape {list(found)}, config.json calls for {list(shape)}"
             )
-        if found_dtype.name not in FLOATS:
+        if found_dtype.name not in FLOATS and name not in scaled:
             raise CheckpointError(
                 f"{checkpoint.path_of(name)}: {name!r} is {found_dtype.name}; only {', '.join(FLOATS)} can be read"
             )
@@ -225,31 +259,34 @@ def _cast(w: np.ndarray, dtype) -> Array:
 
 
 def _unpacked(
-    path: str, packed: list[Packed | None], ahead: "_ReadAhead", dtype, load_in_4bit: bool
-) -> NF4Array | Array:
-    """The stack of one place whose matrices, some or all, are packed: NF4 as they are, or all of them in `dtype`.
+    path: str, packed: list[Packed | PackedInt8 | None], ahead: "_ReadAhead", dtype, quantised: str | None
+) -> Quantised | Array:
+    """The stack of one place whose matrices, some or all, are packed: as they are, or all of them in `dtype`.
 
     A place is one array, so a single matrix in 16 bits puts all of it in 16 bits: nothing is quantised again.
     """
     alike = all(packed) and len({p.double for p in packed}) == 1
-    if load_in_4bit and not alike:
+    keep = quantised is not None and alike
+    if quantised is not None and not alike:
+        bits = 4 if quantised == "nf4" else 8
+        left = sum(p is None for p in packed)
         warnings.warn(
-            f"{path}: {sum(p is None for p in packed)} of {len(packed)} layers are not in 4 bits in this checkpoint, "
+            f"{path}: {left} of {len(packed)} layers are not in {bits} bits in this checkpoint, "
             f"or not all in the same way, so all of them are kept in {jnp.dtype(dtype).name}",
             stacklevel=2,
         )
     stack = None
     for i, p in enumerate(packed):
         part = ahead.next() if p is None else p.assemble([ahead.next() for _ in p.tensors])
-        if not (load_in_4bit and alike):
-            part = _cast(part, dtype) if p is None else dequantize(part, dtype)
+        if not keep:
+            part = _cast(part, dtype) if p is None else dense(part, dtype)
         if stack is None:
             stack = jax.tree.map(lambda leaf: jnp.zeros((len(packed), *leaf.shape), leaf.dtype), part)
         stack = jax.block_until_ready(_put(stack, part, np.int32(i)))
     return stack
 
 
-def with_lead(stack: NF4Array | Array, lead: tuple[int, ...]) -> NF4Array | Array:
+def with_lead(stack: Quantised | Array, lead: tuple[int, ...]) -> Quantised | Array:
     """Matrices that were stacked on one axis, on the axes `lead`: layers, and experts if there are any."""
     return stack if len(lead) < 2 else _split_first_axis(stack, lead)
 

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.atomic import sync_folder, write_bytes
-from fastft_jax.convert.hf import tensor_requests
+from fastft_jax.convert.merged import Weights, entries_16bit, layout
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.convert.safetensors_writer import write_sharded
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.decoder import Decoder
-from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import standalone
-from fastft_jax.models.full import weight_at
 
 _DRAFT = ".model.new"
 _COPIED = ("generation_config.json",)
@@ -47,18 +45,12 @@ def write_model(
     values, names = standalone(hf_config)
     values = {k: v for k, v in values.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     values["torch_dtype"] = np.dtype(decoder.dtype).name
-    places = _places(decoder, names)
-    layout = {name: (np.dtype(decoder.dtype), shape) for name, (_, _, shape) in places.items()}
-
-    def read(name: str) -> np.ndarray:
-        path, layer, _ = places[name]
-        return np.asarray(weight_at(decoder, path, layer).astype(decoder.dtype))
-
+    entries = entries_16bit(Weights(decoder, names), names, decoder.dtype)
     draft = folder / _DRAFT
     try:
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         draft.mkdir(parents=True)
-        write_sharded(draft, layout, read, max_shard_size)
+        write_sharded(draft, layout(entries), lambda name: entries[name].read(), max_shard_size)
         for name in _COPIED:
             if source is not None and (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, draft / name)
@@ -81,21 +73,11 @@ def verify_model(folder: Path | str, decoder: Decoder, hf_config: dict[str, Any]
     Returns a line that says so; raises CheckpointError if not.
     """
     checkpoint = Checkpoint.open(Path(folder))
-    places = _places(decoder, standalone(hf_config)[1])
-    if checkpoint.missing(places) or checkpoint.unexpected(places):
+    names = standalone(hf_config)[1]
+    entries = entries_16bit(Weights(decoder, names), names, decoder.dtype)
+    if checkpoint.missing(entries) or checkpoint.unexpected(entries):
         raise CheckpointError(f"{folder} does not hold the tensors of this model")
-    for name, (path, layer, _) in places.items():
-        if not np.array_equal(checkpoint.read(name), np.asarray(weight_at(decoder, path, layer).astype(decoder.dtype))):
+    for name, entry in entries.items():
+        if not np.array_equal(checkpoint.read(name), entry.read()):
             raise CheckpointError(f"{folder}: {name!r} is not what was trained")
-    return f"{len(places)} tensors of {folder} are equal to the bit"
-
-
-def _places(decoder: Decoder, names: NameTable) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-    """Hugging Face's name -> (our path, layer, shape), in layer order as transformers writes them."""
-    places = [
-        (request.path, layer, request.shape)
-        for request in tensor_requests(decoder.config)
-        for layer in (request.layers or (None,))
-    ]
-    order = lambda place: -1 if place[1] is None else place[1]  # noqa: E731
-    return {names.hf_name(path, layer): (path, layer, shape) for path, layer, shape in sorted(places, key=order)}
+    return f"{len(entries)} tensors of {folder} are equal to the bit"

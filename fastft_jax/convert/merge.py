@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
-from fastft_jax.models.layers import Embedding, Linear
+from fastft_jax.models.layers import Embedding, ExpertLinear, Linear
 from fastft_jax.quant.dense import Quantised, dense, is_quantised
 
 
@@ -31,14 +31,22 @@ class MergedTensor:
     def read(self) -> Float[np.ndarray, "..."]:
         """float32, in an array of its own on the host."""
         module, kind = self.module, self.path.rpartition(".")[2]
+        if isinstance(module, ExpertLinear) and kind == "weight":
+            out = np.empty(self.shape, np.float32)
+            for e in range(module.num_experts):
+                own = one_of(module.weight.get_value(), self.row, e)
+                out[e] = _merged(own, None, *adapter_of(module, self.row, e))
+            return out
         if isinstance(module, Linear | Embedding) and kind == "weight":
-            return np.asarray(_merged(module.weight.get_value(), self._row, *adapter_of(module, self.row)))
+            w = np.asarray(_merged(module.weight.get_value(), self._row, *adapter_of(module, self.row)))
+            return with_own_tokens(module, w)
         variable, row = getattr(module, kind), self.row
         if isinstance(module, Linear) and row is not None and module.trained_bias is not None:
             at = _position(module.trained_bias_rows, row)
             variable, row = (variable, row) if at is None else (module.trained_bias, at)
         value = variable.get_value()
-        return np.asarray(value if row is None else value[row], np.float32)
+        value = np.asarray(value if row is None else value[row], np.float32)
+        return value if kind != "bias" or added_bias(module, self.row) is None else value + added_bias(module, self.row)
 
     @property
     def _row(self) -> np.int32 | None:
@@ -47,8 +55,9 @@ class MergedTensor:
 
 def merged_layout(decoder: Decoder) -> list[MergedTensor]:
     """Every tensor of the merged model in the order of its layers; a tied head is not among them, one that was untied
-    by training it or the embedding is.
+    by training it or the embedding is. NotImplementedError as `require_biases`.
     """
+    require_biases(decoder)
     config, found = decoder.config, []
     for request in tensor_requests(config):
         module_path, _, _ = request.path.rpartition(".")
@@ -71,14 +80,19 @@ def merged_layout(decoder: Decoder) -> list[MergedTensor]:
 def merged_tensors(decoder: Decoder, names: NameTable) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
     """(Hugging Face's name, float32 array) of every tensor, one on the host at a time."""
     for tensor in merged_layout(decoder):
-        yield names.hf_name(tensor.path, tensor.layer), tensor.read()
+        w = tensor.read()
+        if isinstance(tensor.module, ExpertLinear):
+            yield from ((names.hf_name(tensor.path, tensor.layer, e), each) for e, each in enumerate(w))
+        else:
+            yield names.hf_name(tensor.path, tensor.layer), w
 
 
 def adapter_of(
-    module: Linear | Embedding, row: int | None
+    module: Linear | Embedding, row: int | None, expert: int | None = None
 ) -> tuple[list[tuple[Array, Array]], np.float32, Float[Array, "N"] | None]:
     """What `folded` adds to the matrix of one layer (row None: outside of layers): pairs (A, B) with what a start from
-    the weight itself (PiSSA) subtracts, their scaling, DoRA's magnitudes or None. No pairs where it has no adapter."""
+    the weight itself (PiSSA) subtracts, their scaling, DoRA's magnitudes or None. No pairs where it has no adapter.
+    expert: whose matrix it is, where a layer has one an expert."""
     if isinstance(module, Embedding):
         if not module.adapted:
             return [], np.float32(1), None
@@ -89,13 +103,53 @@ def adapter_of(
         return [], np.float32(1), None
 
     def pick(variable):
-        return variable.get_value() if row is None else variable.get_value()[at]
+        return variable.get_value() if row is None else one_of(variable.get_value(), at, expert)
 
     pairs = [(pick(module.lora_A), pick(module.lora_B))]
     if module.start_A is not None:
         pairs.append((pick(module.start_A), -pick(module.start_B)))
     scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
     return pairs, np.float32(scaling), None if module.magnitude is None else pick(module.magnitude)
+
+
+def require_biases(decoder: Decoder) -> None:
+    """NotImplementedError where LoRA has biases and the base none to add them to."""
+    for path, module in nnx.iter_modules(decoder):
+        if isinstance(module, Linear) and module.lora_bias is not None and module.bias is None:
+            if module.trained_bias is None:
+                raise NotImplementedError(
+                    f"{path[-1]} has no bias that lora_bias could be merged into; export the adapter"
+                )
+
+
+def added_bias(module: nnx.Module, row: int | None) -> Float[np.ndarray, "N"] | None:
+    """What LoRA's own bias adds to that of a layer."""
+    if not isinstance(module, Linear) or module.lora_bias is None or row is None:
+        return None
+    at = _position(module.adapted_rows, row)
+    if at is None:
+        return None
+    scaling = module.scaling[at] if isinstance(module.scaling, tuple) else module.scaling
+    return np.float32(scaling) * np.asarray(module.lora_bias.get_value()[at])
+
+
+def with_own_tokens(module: nnx.Module, w: Array | np.ndarray) -> Array | np.ndarray:
+    """An embedding's matrix with its trained rows in it (trainable_token_indices); any other as it is."""
+    if not isinstance(module, Embedding) or module.tokens is None:
+        return w
+    w = np.array(w)
+    w[list(module.token_rows)] = np.asarray(module.tokens.get_value()).astype(w.dtype)
+    return w
+
+
+def one_of(stack: Array | Quantised, row: int, expert: int | None = None) -> Array | Quantised:
+    """One matrix (or vector) of a stack, copied out of it; one expert's where a row holds experts."""
+    return _at(stack, np.array([row] if expert is None else [row, expert], np.int32))
+
+
+@jax.jit
+def _at(stack: Array | Quantised, index: Int[Array, "n"]) -> Array | Quantised:
+    return jax.tree.map(lambda leaf: leaf[tuple(index)], stack)
 
 
 def folded(

@@ -21,8 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
-from fastft_jax.convert.hf import FLOATS, tensor_requests
-from fastft_jax.convert.merge import adapter_of, folded
+from fastft_jax.convert.bitsandbytes_8bit import int8_matrices
+from fastft_jax.convert.hf import FLOATS, dtype_of, tensor_requests
+from fastft_jax.convert.merge import adapter_of, added_bias, folded, one_of, require_biases, with_own_tokens
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models import lora
@@ -32,7 +33,9 @@ from fastft_jax.models.layers import Linear
 from fastft_jax.quant.dense import Quantised, dense, is_quantised
 from fastft_jax.quant.nf4 import NF4Array
 
-_LORA = re.compile(r"\.lora_([AB]\.weight|embedding_[AB]|magnitude_vector)$")
+_ADDED = re.compile(
+    r"\.(lora_([AB]\.weight|B\.bias|embedding_[AB]|magnitude_vector)|token_adapter\.trainable_tokens_delta)$"
+)
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of the decoder as checkpoints have it: a row of a stacked leaf, or a leaf outside the layers."""
+    """One tensor of the decoder as checkpoints have it: a row of a stacked leaf, an expert's matrix in such a row, or a
+    leaf outside the layers."""
 
     name: str  # Hugging Face's name for it
     path: str  # ours, inside its layer
     shape: tuple[int, ...]
     module: nnx.Module
     row: int | None  # None outside the layers
+    expert: int | None = None
 
     @property
     def linear(self) -> bool:
@@ -76,13 +81,8 @@ class Leaf:
 
 
 def leaves(decoder: Decoder, names: NameTable) -> Iterator[Leaf]:
-    """Every tensor of the checkpoint, in the usual order: embedding, layers, last norm, head (unless tied).
-
-    NotImplementedError for leaves that are several tensors of a checkpoint each (experts).
-    """
+    """Every tensor of the checkpoint, in the usual order: embedding, layers, last norm, head (unless tied)."""
     requests = list(tensor_requests(decoder.config))
-    if stacked := [r.path for r in requests if len(r.shape) > 2]:
-        raise NotImplementedError(f"merging {stacked[0]} is not built yet; export the adapter alone")
     top = [r for r in requests if r.layers is None]
     paths = [(r.path, r.shape) for r in top]
     if decoder.lm_head is not None and "lm_head.weight" not in dict(paths):  # untied by modules_to_save
@@ -94,7 +94,9 @@ def leaves(decoder: Decoder, names: NameTable) -> Iterator[Leaf]:
         place = decoder.segments[s][p]
         for r in requests:
             if r.layers is not None and layer in r.layers:
-                yield Leaf(names.hf_name(r.path, layer), r.path, r.shape, _module(place, r.path), row)
+                module = _module(place, r.path)
+                for e in r.experts:
+                    yield Leaf(names.hf_name(r.path, layer, e), r.path, r.tensor_shape, module, row, e)
     yield from (leaf for leaf in outside if not leaf.path.startswith("embed_tokens"))
 
 
@@ -109,6 +111,7 @@ class Weights:
         self.leaves = tuple(leaves(decoder, names))
         self._trained = lora.trainable_tensors(decoder, names)
         self._original, self._there = original, {}
+        require_biases(decoder)
         self._check_trained()
         if original is not None:
             self._there = self._find(names.stored(original.__contains__))
@@ -124,7 +127,7 @@ class Weights:
 
     def packed(self, leaf: Leaf) -> NF4Array:
         """The live base's codes and scales of one matrix in NF4."""
-        return _row(leaf.nf4, np.int32(leaf.row))
+        return one_of(leaf.nf4, leaf.row, leaf.expert)
 
     def read(self, leaf: Leaf, dtype: Any, *, exact: bool = False) -> Array | np.ndarray:
         """The merged tensor in `dtype`. exact: an NF4 base is decoded in float32, not rounded as the model computes."""
@@ -132,9 +135,13 @@ class Weights:
             value = self._original.read(self._there[leaf.name])
         else:
             value = _live(leaf)
-        adapter = adapter_of(leaf.module, leaf.row) if self.adapted(leaf) else ([], np.float32(1), None)
+        adapter = adapter_of(leaf.module, leaf.row, leaf.expert) if self.adapted(leaf) else ([], np.float32(1), None)
+        if leaf.path.endswith(".bias") and (added := added_bias(leaf.module, leaf.row)) is not None:
+            return (np.asarray(value, np.float32) + added).astype(dtype)
         if not adapter[0] and not is_quantised(value):
-            return np.asarray(value).astype(dtype, copy=False)
+            on_device = isinstance(value, jax.Array) and value.dtype != dtype
+            value = np.asarray(value.astype(dtype) if on_device else value).astype(dtype, copy=False)
+            return with_own_tokens(leaf.module, value)
         via = jnp.float32 if exact else self.decoder.dtype
         return _merge(value, *adapter, via=jnp.dtype(via), dtype=jnp.dtype(dtype))
 
@@ -142,7 +149,7 @@ class Weights:
         """Whatever is trained must be among what is merged here."""
         merged = {leaf.name for leaf in self.leaves if leaf.trained_whole}
         modules = {leaf.name.removesuffix(".weight") for leaf in self.leaves if leaf.path.endswith(".weight")}
-        left = [n for n in self._trained if n not in merged and _LORA.sub("", n) not in modules]
+        left = [n for n in self._trained if n not in merged and _ADDED.sub("", n) not in modules]
         if left:
             raise NotImplementedError(f"{left[0]!r} is trained, and merging it is not built yet; export the adapter")
         if self.decoder.embed_tokens.adapted and self.decoder.lm_head is None:
@@ -165,11 +172,12 @@ class Weights:
         missing = self._original.missing(wanted)
         if missing:
             raise CheckpointError(f"{folder} lacks {missing[0]!r}: it is not the base of this model")
-        packed = packed_matrices(self._original, {n: leaf.shape for n, leaf in wanted.items() if leaf.linear})
-        if packed:
+        shapes = {n: leaf.shape for n, leaf in wanted.items() if leaf.linear}
+        in_4, in_8 = packed_matrices(self._original, shapes), int8_matrices(self._original, shapes)
+        if in_4 or in_8:
             raise CheckpointError(
-                f"{folder} holds {next(iter(packed))!r} packed in 4 bits, so it is no original to merge onto; give "
-                "the folder or hub id of the 16-bit weights as base, or leave base out"
+                f"{folder} holds {next(iter(in_4 or in_8))!r} packed in {4 if in_4 else 8} bits, so it is no "
+                "original to merge onto; give the folder or hub id of the 16-bit weights as base, or leave base out"
             )
         for name, leaf in wanted.items():
             dtype, shape = self._original.info(name)
@@ -181,12 +189,12 @@ class Weights:
 
 
 def entries_16bit(weights: Weights, names: NameTable, dtype: Any) -> dict[str, Entry]:
-    """Every tensor in one 16- (or 32-) bit dtype, under the names of `names`."""
-    dtype = np.dtype(dtype)
+    """Every tensor in one 16- (or 32-) bit dtype, but for those that stay in float32, under the names of `names`."""
     called = leaves(weights.decoder, names)
+    kept = [np.dtype(dtype_of(leaf.path, dtype)) for leaf in weights.leaves]
     return {
-        other.name: Entry(dtype, leaf.shape, partial(_on_host, weights, leaf, dtype))
-        for leaf, other in zip(weights.leaves, called, strict=True)
+        other.name: Entry(held_in, leaf.shape, partial(_on_host, weights, leaf, held_in))
+        for leaf, other, held_in in zip(weights.leaves, called, kept, strict=True)
     }
 
 
@@ -212,16 +220,11 @@ def _module(root: nnx.Module, path: str) -> nnx.Module:
 
 def _live(leaf: Leaf) -> Array | Quantised:
     kind = leaf.path.rpartition(".")[2]
-    if kind == "bias" and leaf.trained_whole:
+    if kind == "bias" and leaf.trained_whole and getattr(leaf.module, "trained_bias", None) is not None:
         rows = leaf.module.trained_bias_rows
         return leaf.module.trained_bias.get_value()[leaf.row if rows is None else rows.index(leaf.row)]
     value = getattr(leaf.module, kind).get_value()
-    return value if leaf.row is None else _row(value, np.int32(leaf.row))
-
-
-@jax.jit
-def _row(stack: Array | Quantised, row: Array) -> Array | Quantised:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), stack)
+    return value if leaf.row is None else one_of(value, leaf.row, leaf.expert)
 
 
 @partial(jax.jit, static_argnames=("via", "dtype"))

@@ -1,9 +1,9 @@
 """A merged checkpoint in bitsandbytes's NF4: what transformers loads in 4 bits as it is.
 
 Matrices inside the layers are packed, one tensor of codes and its scales each, as `convert/bitsandbytes.py` describes;
-everything else stays in 16 bits, as bitsandbytes leaves it. A matrix without an adapter keeps its codes and scales bit
-for bit; one with an adapter is merged in float32 and encoded anew, so a change smaller than half a step of the 4-bit
-grid is lost in it.
+everything else stays in 16 bits, as bitsandbytes leaves it: experts, too. A matrix without an adapter keeps its codes
+and scales bit for bit; one with an adapter is merged in float32 and encoded anew, so a change smaller than half a step
+of the 4-bit grid is lost in it.
 """
 
 import json
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastft_jax.convert.bitsandbytes import NESTED_BLOCK, STATE
+from fastft_jax.convert.hf import dtype_of
 from fastft_jax.convert.merged import Entry, Leaf, Weights, leaves
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.quant.nf4 import BLOCK, NF4Array, quantize, to_bitsandbytes
@@ -31,7 +32,9 @@ def entries_4bit(weights: Weights, names: NameTable, dtype: Any) -> dict[str, En
     entries: dict[str, Entry] = {}
     for leaf, other in zip(weights.leaves, leaves(weights.decoder, names), strict=True):
         if leaf not in packed:
-            entries[other.name] = Entry(dtype, leaf.shape, lambda leaf=leaf: np.asarray(weights.read(leaf, dtype)))
+            kept = np.dtype(dtype_of(leaf.path, dtype))
+            read = lambda leaf=leaf, kept=kept: np.asarray(weights.read(leaf, kept))  # noqa: E731
+            entries[other.name] = Entry(kept, leaf.shape, read)
             continue
         for suffix, (kind, shape) in _parts(leaf.shape, _double(leaf), dtype).items():
             entries[other.name + suffix] = Entry(np.dtype(kind), shape, partial(packer.part, leaf, suffix, dtype.name))
@@ -39,9 +42,24 @@ def entries_4bit(weights: Weights, names: NameTable, dtype: Any) -> dict[str, En
 
 
 def packed_leaves(weights: Weights) -> set[Leaf]:
-    """The matrices that are packed: all of the layers', but those that a 4-bit base had left in 16 bits."""
-    matrices = {leaf for leaf in weights.leaves if leaf.linear}
+    """The matrices that are packed: all of the layers', but experts and those that a 4-bit base had left in 16 bits.
+
+    transformers 5 holds a layer's experts in two parameters, which bitsandbytes has no layer for: it loads them in 16
+    bits alone.
+    """
+    matrices = {leaf for leaf in weights.leaves if leaf.linear and leaf.expert is None}
     return {leaf for leaf in matrices if leaf.nf4 is not None} or matrices
+
+
+def unpacked_modules(weights: Weights) -> list[str]:
+    """The layers' matrices that are not packed, by their modules; a layer's experts together, by the module they are
+    in. transformers 5 would pack Qwen's gate of a shared expert, transformers 4 and vLLM routers and experts, too."""
+    packed, found = packed_leaves(weights), {}
+    for leaf in weights.leaves:
+        if leaf.row is not None and len(leaf.shape) == 2 and leaf not in packed:
+            end = ".weight" if leaf.expert is None else f".{leaf.expert}."
+            found[leaf.name.rpartition(end)[0]] = None
+    return list(found)
 
 
 def quantization_config(dtype_name: str, skipped: Iterable[str], double: bool) -> dict[str, Any]:

@@ -97,7 +97,7 @@ _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("bias", "lora_alpha", "lora_dropout", "modules_to_save", "r", "task_type", "use_rslora", "init_lora_weights"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
-    *("alpha_pattern", "rank_pattern", "use_dora"),
+    *("alpha_pattern", "rank_pattern", "use_dora", "trainable_token_indices", "lora_bias"),
     *("megatron_core", "qalora_group_size"),  # without megatron_config and use_qalora they do nothing
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # these matter through init_lora_weights
 }
@@ -124,7 +124,9 @@ def adapter_config(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_dora: bool = False,
+    lora_bias: bool = False,
     loftq_config: Mapping[str, int] | None = None,
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None,
     revision: str | None = None,
     task_type: str | None = "CAUSAL_LM",
 ) -> dict[str, Any]:
@@ -150,6 +152,7 @@ def adapter_config(
         "layers_to_transform": listed(layers_to_transform),
         "loftq_config": dict(loftq_config or {}),
         "lora_alpha": lora_alpha,
+        "lora_bias": lora_bias,
         "lora_dropout": lora_dropout,
         "modules_to_save": listed(modules_to_save),
         "r": r,
@@ -157,6 +160,7 @@ def adapter_config(
         "revision": revision,
         "target_modules": names(target_modules),
         "task_type": task_type,
+        "trainable_token_indices": trainable_token_indices,
         "use_dora": use_dora,
         "use_rslora": use_rslora,
     }
@@ -257,6 +261,9 @@ def unsupported(config: Mapping[str, Any], tensors: Collection[str]) -> list[str
             f"init_lora_weights={init!r} (it changes the base weights; PEFT converts such an adapter with "
             f"save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
+    tokens = config.get("trainable_token_indices")
+    if isinstance(tokens, dict) and set(tokens) != {"embed_tokens"}:
+        found.append(f"trainable_token_indices={tokens!r} (only embed_tokens has trainable tokens)")
     for module in config.get("modules_to_save") or ():
         if not module.endswith(_SAVEABLE):
             found.append(f"modules_to_save={module!r} (only embed_tokens, lm_head and norms can be trained in full)")

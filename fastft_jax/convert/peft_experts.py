@@ -79,7 +79,9 @@ def require_plain(config: Mapping[str, Any], adapted: Collection[str], from_weig
         for path in (experts if config[key] else ())
         if value_of(config[key], path, default) != default
     ]
-    found = ["use_dora=True"] * bool(config["use_dora"]) + ["PiSSA or LoftQ"] * from_weights + own
+    found = (
+        [f"{key}=True" for key in ("use_dora", "lora_bias") if config[key]] + ["PiSSA or LoftQ"] * from_weights + own
+    )
     if found:
         raise NotImplementedError(f"{found[0]} is not built yet for experts: leave them out of target_modules")
 

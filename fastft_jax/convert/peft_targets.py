@@ -167,6 +167,17 @@ def _layer_of(path: str, layers_pattern: str | Collection[str] | None) -> int | 
     return None
 
 
+def trained_tokens(indices: Collection[int] | Mapping[str, Collection[int]], vocab_size: int) -> list[int]:
+    """The ids in trainable_token_indices, a list or {"embed_tokens": list}. ConfigError for ids that are there twice or
+    not in the vocabulary."""
+    ids = list(indices["embed_tokens"] if isinstance(indices, Mapping) else indices)
+    if not ids or len(set(ids)) < len(ids) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+        raise ConfigError(
+            f"trainable_token_indices={indices!r} must list different tokens, by their ids from 0 to {vocab_size - 1}"
+        )
+    return ids
+
+
 def _nothing_matched(
     targets: str | list[str], module_paths: Sequence[str], kept: Sequence[str], layers: int | Collection[int] | None
 ) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
 from fastft_jax.convert.fused_experts import FusedExperts
-from fastft_jax.convert.hf import read_config
+from fastft_jax.convert.hf import Request, dtype_of, read_config
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.models.attention import Sequence
 from fastft_jax.models.decoder import Decoder, DecoderLayer, Loader
@@ -35,16 +35,19 @@ def folder_logits(
     names = names.stored(checkpoint.__contains__)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        name = names.hf_name(path, None if layers is None else layers[0])
+        request = Request(path, shape, layers)
+        name, *_ = tensors = request.hf_names(names)
+        if request.experts != (None,):
+            return jnp.stack([jnp.asarray(checkpoint.read(each)).astype(dtype) for each in tensors])
         packed = packed_matrices(checkpoint, {name: shape}) if layers is not None and len(shape) == 2 else {}
         if name in packed:
             return packed[name].assemble([checkpoint.read(part) for part in packed[name].tensors])
-        return jnp.asarray(checkpoint.read(name)).astype(dtype)
+        return jnp.asarray(checkpoint.read(name)).astype(dtype_of(path, dtype))
 
     outer = Decoder(replace(config, num_hidden_layers=0, layer_windows=(), second_rope_layers=()), load, dtype)
     ids, segments = jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    tables = tuple(rope_tables(rope, config.head_dim, positions) for rope in config.ropes)
+    tables = tuple(rope_tables(rope, config.rope_dim, positions) for rope in config.ropes)
     x = outer.map_layers(lambda x: x, ids)[0]
     for i in range(config.num_hidden_layers):  # a layer has no name here, so that it is freed before the next is read
         x = jax.block_until_ready(

@@ -1,7 +1,6 @@
 """Merged checkpoints out: planned, checked, streamed into a folder beside the target, read back, then renamed."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from fastft_jax.convert.fused_entries import fused_entries
 from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, entries_beside, layout
-from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config
+from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config, unpacked_modules
 from fastft_jax.convert.model_card import model_card
 from fastft_jax.convert.model_files import copy_beside, refuse_to_replace, write_config, write_tokenizer
 from fastft_jax.convert.read_back import Difference, compare, folder_logits
+from fastft_jax.convert.rounding import accumulated
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
 from fastft_jax.convert.safetensors_header import nbytes
 from fastft_jax.convert.safetensors_writer import parse_size
@@ -133,7 +133,7 @@ def difference_bound(decoder: Decoder, dtype: Any, spread: float, *, loose: bool
         return 0.75 * spread
     u = max(2.0 ** -(jnp.finfo(d).nmant + 1) for d in (dtype, decoder.dtype))
     u = max(u, 2.0**-16)  # float32 sums in another order, and GPUs' products of float32
-    return 8 * u * math.sqrt(2 * decoder.config.num_hidden_layers) * spread
+    return min(8 * u * accumulated(decoder.config), 0.75) * spread
 
 
 def _default_dtype(hf_config: dict[str, Any]) -> str:
@@ -183,8 +183,7 @@ def _config_changes(model: Any, weights: Weights, names: NameTable, save_method:
         changes["tie_word_embeddings"] = False
     if save_method == "merged_4bit":
         packed = packed_leaves(weights)
-        kept = [leaf.name.removesuffix(".weight") for leaf in weights.leaves if leaf.linear and leaf not in packed]
-        kept += [part.removesuffix(".") for part in names.ignored_under]
+        kept = unpacked_modules(weights) + [part.removesuffix(".") for part in names.ignored_under]
         double = all(leaf.nf4 is None or leaf.nf4.absmax_scale is not None for leaf in packed)
         changes["quantization_config"] = quantization_config(dtype, kept, double)
     elif "quantization_config" in model.hf_config:

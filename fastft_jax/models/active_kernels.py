@@ -90,6 +90,9 @@ def _attention(c: DecoderConfig, card: Card, *, packed: bool) -> Active:
         platform=card.platform,
         compute_capability=card.capability,
     )
+    if c.value_dim < c.head_dim:
+        padded = f"values of width {c.value_dim} are filled up with zeros to {c.head_dim}"
+        return Active(chosen.name, (*chosen.reasons, padded))
     return Active(*chosen)
 
 
@@ -102,6 +105,8 @@ def _norms(c: DecoderConfig, default: Active) -> Active:
 
 
 def _rope(c: DecoderConfig, default: Active) -> Active:
+    if c.latent is not None:
+        return Active("xla", default.why or ("latent attention's heads of two parts have no rope kernel",))
     notes = [
         "XLA sorts even and odd elements first" if c.rope_interleaved else None,
         "q/k norm over all heads is a pass of its own" if c.qk_norm == "projection" else None,

@@ -11,8 +11,8 @@ from fastft_jax.models.layers import Frozen
 
 # What adapters set on the decoder's modules, and its value without one
 _ATTRIBUTES: dict[str, Any] = {
-    **dict.fromkeys(("lora_A", "lora_B", "magnitude", "start_A", "start_B", "trained_bias")),
-    **dict.fromkeys(("lora_embedding_A", "lora_embedding_B")),
+    **dict.fromkeys(("lora_A", "lora_B", "magnitude", "start_A", "start_B", "trained_bias", "lora_bias")),
+    **dict.fromkeys(("lora_embedding_A", "lora_embedding_B", "tokens", "token_rows")),
     **dict.fromkeys(("ranks", "adapted_rows", "trained_bias_rows")),
     **{"scaling": 1.0, "dropout": 0.0, "requantised": False},
 }

@@ -42,20 +42,42 @@ class RopeConfig:
 class ExpertsConfig:
     """Feed-forward layers of E experts, of which a router picks `top_k` for each token.
 
-    router "softmax": the top_k largest of softmax(logits), divided by their sum if `normalise`; "sparsemixer": see
-    models/router.py. A shared expert, if there is one, serves every token.
+    router "softmax": the top_k largest of softmax(logits), divided by their sum if `normalise`; "sigmoid": the same of
+    sigmoid(logits), where a learned bias joins in the choice; "sparsemixer": see models/router.py. With several
+    `groups` of experts, side by side, only those of a token's best `top_groups` are chosen from. A shared expert, if
+    there is one, serves every token.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int  # of one expert
-    router: Literal["softmax", "sparsemixer"] = "softmax"
+    router: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     normalise: bool = True
+    groups: int = 1
+    top_groups: int = 1
+    shared_gate: bool = True  # a sigmoid gate on the shared expert, where there is one
+    scaling: float = 1.0  # of the routed experts' weights
+    float32_logits: bool = False  # the router's; else they are rounded to the compute dtype
     router_epsilon: float = 0.0  # of "sparsemixer": how far from the best score another one may be
     shared_intermediate_size: int | None = None
     bias: bool = False  # of the experts' linears, and of the router
     dense_layers: tuple[int, ...] = ()  # those with a plain feed-forward layer instead
     aux_loss_coef: float | None = None  # of the load-balancing loss; None: it is not added
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention: keys and values of all heads are expanded from `kv_rank` numbers a token.
+
+    A query or key head is `nope_dim` elements without rotation and `rope_dim` rotated ones, which for keys all heads
+    share; a value head has `value_dim`. Queries come from `q_rank` numbers a token, or (None) from the input itself.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
 
 
 class LayerKind(NamedTuple):
@@ -107,6 +129,18 @@ class DecoderConfig:
     second_rope: RopeConfig | None = None
     second_rope_layers: tuple[int, ...] = ()  # the layers that rotate by second_rope
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None  # latent attention; head_dim is then that of queries and keys
+    unread_layers: int = 0  # layers behind the last that a checkpoint may hold, for other ends than this decoder's
+
+    @property
+    def rope_dim(self) -> int:
+        """The width of what a rotation is made for: a head, or the rotated part of a latent attention's."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The width of a value head."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.attention import Attention, KVCache, Sequence
 from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.latent_attention import LatentAttention
 from fastft_jax.models.layers import Embedding, ExpertLinear, LayerNorm, Linear, RMSNorm, drop, make_norm
 from fastft_jax.models.mlp import GatedMLP, PlainMLP
 from fastft_jax.models.moe import MixtureOfExperts
@@ -28,7 +29,7 @@ from fastft_jax.quant.lora_linear import contract
 LoadFn = Callable[[str, tuple[int, ...], tuple[int, ...] | None], Any]
 
 HEAD_BIAS_COLUMNS = 8  # one, and zeros: GEMMs want widths in multiples of 16 bytes
-DROPOUT_KEYS_A_LAYER = 7  # one for each linear
+DROPOUT_KEYS_A_LAYER = 8  # one for each linear: four in attention, three in the MLP, a fifth in latent attention
 
 
 class Loader(NamedTuple):
@@ -64,7 +65,7 @@ class DecoderLayer(nnx.Module):
 
         self.input_layernorm = norm("input_layernorm", before)
         kind = config.layer_kinds[load.layers[0]]
-        self.self_attn = Attention(config, load, kind)
+        self.self_attn = (Attention if config.latent is None else LatentAttention)(config, load, kind)
         self.attention_output_norm = norm("attention_output_norm", after)
         self.post_attention_layernorm = norm("post_attention_layernorm", before and not self.parallel)
         mlp = MixtureOfExperts if kind.sparse else GatedMLP if config.gated_mlp else PlainMLP
@@ -81,7 +82,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "2 E"] | None]:
         """The layer's output, the cache with this call's keys and values, and its router's load (see Sequence)."""
         keys = None if key is None else jax.random.split(key, DROPOUT_KEYS_A_LAYER)
-        attention_keys, mlp_keys = (None, None) if keys is None else (keys[:4], keys[4:])
+        attention_keys, mlp_keys = (None, None) if keys is None else (keys[jnp.array([0, 1, 2, 3, 7])], keys[4:7])
         keep = Keep() if keep is None else keep
         if self.parallel:
             normed = self.input_layernorm(x)
@@ -266,6 +267,11 @@ class Decoder(nnx.Module):
     def _head_adapter(self) -> Linear | None:
         return self.lm_head if self.lm_head is not None and self.lm_head.adapted else None
 
+    @property
+    def _tied_tokens(self) -> Embedding | None:
+        """The embedding, where it has trained rows and is the head, too."""
+        return self.embed_tokens if self.lm_head is None and self.embed_tokens.tokens is not None else None
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of every position given."""
         weight = self.head_weight().astype(hidden.dtype)
@@ -273,6 +279,9 @@ class Decoder(nnx.Module):
         if (head := self._head_adapter) is not None:
             h = contract(hidden, head.lora_A.get_value().astype(hidden.dtype), 2, 1, hidden.dtype)
             logits = logits + contract(h, head_columns(head, hidden.dtype), 2, 1, jnp.float32)
+        if (embedding := self._tied_tokens) is not None:
+            own = contract(hidden, embedding.tokens.get_value().astype(hidden.dtype), 2, 1, jnp.float32)
+            logits = logits.at[..., jnp.array(embedding.token_rows)].set(own)
         if self.config.head_bias:
             logits = logits + self.lm_head.bias.get_value().astype(jnp.float32)
         scale, cap = self.config.logit_scale, self.config.final_softcap
@@ -283,15 +292,18 @@ class Decoder(nnx.Module):
         self, hidden: Float[Array, "M D"], dropout_key: Array | None = None
     ) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
         """Two factors whose product is the logits before scale and cap; a head's bias is a column more, and the columns
-        of a LoRA pair on it come next: its gradient is rounded to the head's dtype once."""
+        of a LoRA pair on it come next: its gradient is rounded to the head's dtype once. Trained rows of a tied head
+        are such a pair, too: what they differ by, and a column of zeros with a one for each."""
         weight = self.head_weight()
         if (head := self._head_adapter) is not None:
             dropped = hidden if dropout_key is None else drop(hidden, head.dropout, dropout_key)
             h = contract(dropped, head.lora_A.get_value().astype(hidden.dtype), 1, 1, hidden.dtype)
-            columns = head_columns(head, weight.dtype)
-            more = ((0, 0), (0, -h.shape[1] % HEAD_BIAS_COLUMNS))
-            hidden = jnp.concatenate([hidden, jnp.pad(h, more)], axis=1)
-            weight = jnp.concatenate([weight, jnp.pad(columns, more)], axis=1)
+            hidden, weight = _with_columns(hidden, weight, h, head_columns(head, weight.dtype))
+        if (embedding := self._tied_tokens) is not None:
+            rows, own = jnp.array(embedding.token_rows), embedding.tokens.get_value()
+            change = (own - weight[rows].astype(own.dtype)).astype(hidden.dtype)
+            columns = jnp.zeros((weight.shape[0], rows.size), weight.dtype).at[rows, jnp.arange(rows.size)].set(1)
+            hidden, weight = _with_columns(hidden, weight, contract(hidden, change, 1, 1, hidden.dtype), columns)
         if not self.config.head_bias:
             return hidden, weight
         more = ((0, 0), (0, HEAD_BIAS_COLUMNS))
@@ -299,12 +311,12 @@ class Decoder(nnx.Module):
         return hidden, jnp.pad(weight, more).at[:, weight.shape[1]].set(self.lm_head.bias.get_value())
 
     def empty_caches(self, batch: int, length: int) -> list[list[KVCache]]:
-        """Zeroed caches for `length` tokens, stacked as the layers are: k and v [L, B, S, K, H]."""
+        """Zeroed caches for `length` tokens, stacked as the layers are: k and v [L, B, S, K, H], each its own H."""
         c = self.config
 
         def empty(layers: tuple[int, ...]) -> KVCache:
-            shape = (len(layers), batch, length, c.num_key_value_heads, c.head_dim)
-            return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+            shape = (len(layers), batch, length, c.num_key_value_heads)
+            return KVCache(*(jnp.zeros((*shape, width), self.dtype) for width in (c.head_dim, c.value_dim)))
 
         return [[empty(layers) for layers in segment] for segment in c.segments]
 
@@ -314,7 +326,18 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(input_ids, self.dtype)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        return x, tuple(rope_tables(rope, self.config.head_dim, positions) for rope in self.config.ropes)
+        return x, tuple(rope_tables(rope, self.config.rope_dim, positions) for rope in self.config.ropes)
+
+
+def _with_columns(
+    hidden: Float[Array, "M D"], weight: Float[Array, "V D"], h: Float[Array, "M R"], columns: Float[Array, "V R"]
+) -> tuple[Float[Array, "M K"], Float[Array, "V K"]]:
+    """The factors of `hidden weight^T + h columns^T`."""
+    more = ((0, 0), (0, -h.shape[1] % HEAD_BIAS_COLUMNS))
+    return (
+        jnp.concatenate([hidden, jnp.pad(h, more)], axis=1),
+        jnp.concatenate([weight, jnp.pad(columns, more)], axis=1),
+    )
 
 
 def head_columns(head: Linear, dtype) -> Float[Array, "V R"]:

@@ -24,7 +24,7 @@ from fastft_jax.quant.glu_linear import glu_linear
 from fastft_jax.quant.grouped_lora import grouped_lora_linear
 from fastft_jax.quant.lora_linear import Projection, contract, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
-from fastft_jax.quant.trained_linear import trained_linear
+from fastft_jax.quant.trained_linear import trained_experts, trained_linear
 
 
 class Frozen(nnx.Variable):
@@ -40,6 +40,7 @@ class Linear(nnx.Module):
     columns of B beyond a layer's own are zero and stay so, since the gradient of either is a product with the other.
     `magnitude` m [r, N] makes it DoRA: everything but the bias times m / ||W + scaling B A||, row by row (`dora.py`).
     `start_A`, `start_B` [as A and B]: a frozen pair that is subtracted, for adapters that start from W itself (PiSSA).
+    `lora_bias` [r, N] float32 is a bias of B: scaling times it is added to the output (PEFT's lora_bias).
     `requantised` says that `weight` was coded anew for this adapter (LoftQ).
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -50,6 +51,7 @@ class Linear(nnx.Module):
         self.bias = nnx.data(None if bias is None else Frozen(bias))
         self.lora_A, self.lora_B, self.trained_bias = nnx.data(None), nnx.data(None), nnx.data(None)
         self.magnitude, self.start_A, self.start_B = nnx.data(None), nnx.data(None), nnx.data(None)
+        self.lora_bias = nnx.data(None)
         self.row_scaling, self.has_magnitude = nnx.data(None), nnx.data(None)  # made by `expand`
         self.dropout, self.requantised = 0.0, False
         self.scaling: float | tuple[float, ...] = 1.0
@@ -66,7 +68,7 @@ class Linear(nnx.Module):
         if isinstance(self.scaling, tuple):
             self.row_scaling, self.scaling = Frozen(jnp.array(self.scaling, jnp.float32)), 1.0
         if self.adapted and self.adapted_rows is not None:
-            for name in ("lora_A", "lora_B", "magnitude", "start_A", "start_B", "row_scaling"):
+            for name in ("lora_A", "lora_B", "magnitude", "start_A", "start_B", "row_scaling", "lora_bias"):
                 leaf = getattr(self, name)
                 if leaf is not None:
                     setattr(self, name, type(leaf)(_scatter(leaf[...], self.adapted_rows, rows)))
@@ -98,6 +100,8 @@ def project_experts(
     linears: Sequence[ExpertLinear], x: Float[Array, "M K"], sizes: Int[Array, "E"], keep: Keep
 ) -> Float[Array, "M N"]:
     """The outputs of linears that read the same rows, sorted by expert (`sizes` of each), side by side in one array."""
+    if _trained(linears):
+        return trained_experts(x, sizes, tuple(m.weight.get_value() for m in linears))
     return grouped_lora_linear(x, sizes, [_projection(m) for m in linears], [m.scaling for m in linears], keep)
 
 
@@ -155,7 +159,9 @@ def project_glu(
 def runs_in_fp8(linears: Sequence[Linear], x: Float[Array, "B T K"], dropout_keys: Sequence[Array | None]) -> bool:
     """Whether `project_fp8_mlp` computes what these linears do: in fp8, without biases, dropout and magnitudes."""
     weights = [m.weight.get_value() for m in linears]
-    plain = all(m.bias is None and m.magnitude is None for m in linears) and not _drops(linears, dropout_keys)
+    plain = all(m.bias is None and m.lora_bias is None and m.magnitude is None for m in linears) and not _drops(
+        linears, dropout_keys
+    )
     return plain and fp8.takes(x.size // x.shape[-1], weights)
 
 
@@ -217,14 +223,18 @@ def _finished(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Arra
 
 
 def _with_biases(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Array, "B T N"]:
-    if all(m.bias is None for m in linears):
+    if all(m.bias is None and m.lora_bias is None for m in linears):
         return y
-    widths = [m.weight.get_value().shape[0] for m in linears]
-    biases = [
-        jnp.zeros(n, y.dtype) if m.bias is None else m.bias.get_value().astype(y.dtype)
-        for m, n in zip(linears, widths, strict=True)
-    ]
-    return y + jnp.concatenate(biases)
+    return y + jnp.concatenate([_bias_of(m, y.dtype) for m in linears])
+
+
+def _bias_of(linear: Linear, dtype) -> Float[Array, "N"]:
+    n = linear.weight.get_value().shape[0]
+    bias = jnp.zeros(n, dtype) if linear.bias is None else linear.bias.get_value().astype(dtype)
+    if linear.lora_bias is None:
+        return bias
+    factor = linear.scaling if linear.row_scaling is None else linear.row_scaling.get_value()
+    return (bias.astype(jnp.float32) + factor * linear.lora_bias.get_value()).astype(dtype)
 
 
 def _drops(linears: Sequence[Linear], keys: Sequence[Array | None]) -> bool:
@@ -285,11 +295,16 @@ def make_norm(config: DecoderConfig, load, path: str, width: int) -> RMSNorm | L
 
 
 class Embedding(nnx.Module):
-    """`weight[ids] + scaling * (B A)^T[ids]`; weight [V, D], A float32 [R, V] and B float32 [D, R] where adapted."""
+    """`weight[ids] + scaling * (B A)^T[ids]`; weight [V, D], A float32 [R, V] and B float32 [D, R] where adapted.
+
+    `tokens` float32 [n, D] are trained rows, of the vocabulary's tokens `token_rows`, that stand in the weight's place.
+    """
 
     def __init__(self, weight):
         self.weight = Frozen(weight)
         self.lora_embedding_A, self.lora_embedding_B = nnx.data(None), nnx.data(None)
+        self.tokens = nnx.data(None)
+        self.token_rows: tuple[int, ...] | None = None
         self.scaling = 1.0
 
     @property
@@ -297,7 +312,13 @@ class Embedding(nnx.Module):
         return self.lora_embedding_A is not None
 
     def __call__(self, ids: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        x = self.weight.get_value()[ids].astype(dtype)
+        weight = self.weight.get_value()
+        x = weight[ids].astype(dtype)
+        if self.tokens is not None:
+            count = len(self.token_rows)
+            place = jnp.full(weight.shape[0], count).at[jnp.array(self.token_rows)].set(jnp.arange(count))[ids]
+            own = self.tokens.get_value()[jnp.minimum(place, count - 1)].astype(dtype)
+            return jnp.where((place < count)[..., None], own, x)
         if not self.adapted:
             return x
         a, b = self.lora_embedding_A.get_value(), self.lora_embedding_B.get_value()

@@ -68,6 +68,7 @@ def add_lora(
     dropout: float = 0.0,
     init: bool | str = True,
     use_dora: bool = False,
+    lora_bias: bool = False,
     seed: int = 3407,
 ) -> None:
     """Attach float32 A [rows, R, K] and B [rows, N, R] to the targets' linears, in place; [rows, E, ...] to experts.
@@ -75,7 +76,8 @@ def add_lora(
     r and scaling: one for all targets, or one for each; a stack is as wide as its largest rank (see `Linear`).
     init True: A ~ U(-1/sqrt(K), 1/sqrt(K)) (kaiming-uniform with a = sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r^2),
     B = 0; False: A as for True, B ~ U(-1/sqrt(r), 1/sqrt(r)), so that the adapter acts from the start.
-    use_dora adds the magnitudes, which start as the adapted rows' own lengths.
+    use_dora adds the magnitudes, which start as the adapted rows' own lengths; lora_bias biases of B, which start as 0,
+    or for init False as torch's, U(-1/sqrt(r), 1/sqrt(r)).
     """
     each = zip(targets, _each(r, len(targets)), _each(scaling, len(targets)), strict=True)
     by_linear: dict[int, list[tuple[Site, int, float]]] = {}
@@ -84,6 +86,7 @@ def add_lora(
     stacks = [_one_a_row(group) for group in by_linear.values()]
     shapes = tuple((len(group), *_matrices(group[0][0].linear), max(rank for _, rank, _ in group)) for group in stacks)
     pairs = _initial(np.uint32(seed & 0xFFFFFFFF), init, shapes)
+    biases: list[Array] = []
     for group, (a, b) in zip(stacks, pairs, strict=True):
         linear, rows = group[0][0].linear, tuple(site.row for site, _, _ in group)
         ranks, scalings = tuple(rank for _, rank, _ in group), tuple(float(s) for _, _, s in group)
@@ -93,6 +96,11 @@ def add_lora(
         linear.lora_A, linear.lora_B = nnx.LoRAParam(a), nnx.LoRAParam(b)
         linear.scaling, linear.dropout = scalings if len(set(scalings)) > 1 else scalings[0], dropout
         linear.adapted_rows = None if len(rows) == _stack_size(linear) else rows
+        if lora_bias:
+            shape = (len(rows), linear.weight.get_value().shape[-2])
+            key = jax.random.fold_in(jax.random.key(seed ^ 0xB1A5), len(biases))
+            biases.append(jax.random.uniform(key, shape, minval=-1, maxval=1) / math.sqrt(a.shape[-2]))
+            linear.lora_bias = nnx.Param(biases[-1] if init is False else jnp.zeros(shape))
         if use_dora:
             own = np.array(scalings, np.float32)[:, None, None]
             norms = stacked_row_norms(linear.weight.get_value(), jnp.array(rows), a, b * own)
@@ -176,8 +184,8 @@ def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
 
 def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Array, "..."]]:
     """What is trained, by Hugging Face module path: `<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] (R a layer's
-    own rank), `.lora_magnitude_vector` [N], `<path>.bias`, `lora_embedding_A` [R, V] and `_B` [D, R], and the weights
-    of modules trained whole under their own names."""
+    own rank), `.lora_magnitude_vector` [N], `.lora_B.bias` [N], `<path>.bias`, `lora_embedding_A` [R, V] and `_B`
+    [D, R], and the weights of modules trained whole under their own names."""
     out: dict[str, Array] = {}
     on_host: dict[int, np.ndarray] = {}  # experts are many: slices of a device array would take seconds
     for site in sites(decoder, names):
@@ -191,6 +199,8 @@ def trainable_tensors(decoder: Decoder, names: NameTable) -> dict[str, Float[Arr
             out[f"{site.hf_path}.lora_B.weight"] = b[at][:, rank]
             if linear.magnitude is not None:
                 out[f"{site.hf_path}.lora_magnitude_vector"] = linear.magnitude.get_value()[at]
+            if linear.lora_bias is not None:
+                out[f"{site.hf_path}.lora_B.bias"] = linear.lora_bias.get_value()[at]
         at = _position(linear.trained_bias_rows, site.row)
         if linear.trained_bias is not None and at is not None:
             out[f"{site.hf_path}.bias"] = linear.trained_bias.get_value()[at]
@@ -231,6 +241,7 @@ def set_trainable_tensors(decoder: Decoder, names: NameTable, tensors: Mapping[s
             put(linear.lora_A, at, f"{site.hf_path}.lora_A.weight", linear.lora_A.get_value().shape[1:])
             put(linear.lora_B, at, f"{site.hf_path}.lora_B.weight", linear.lora_B.get_value().shape[1:])
             put(linear.magnitude, at, f"{site.hf_path}.lora_magnitude_vector")
+            put(linear.lora_bias, at, f"{site.hf_path}.lora_B.bias")
         put(linear.trained_bias, _position(linear.trained_bias_rows, site.row), f"{site.hf_path}.bias")
     for whole in saveable(decoder, names):
         for leaf, variable in whole.trained():

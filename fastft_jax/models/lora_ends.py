@@ -1,6 +1,7 @@
-"""LoRA on the decoder's two ends, the embedding and the head, which are not stacked."""
+"""Adapters of the decoder's two ends, the embedding and the head, which are not stacked: LoRA, and trained tokens."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +44,25 @@ def adapt_embedding(decoder: Decoder, *, r: int, scaling: float, init: bool | st
     embedding.scaling = scaling
 
 
+def train_tokens(decoder: Decoder, rows: Sequence[int]) -> None:
+    """The embedding's rows of these tokens train (PEFT's trainable_token_indices), in place, from what they are; a tied
+    head has them, too."""
+    embedding = decoder.embed_tokens
+    values = embedding.weight.get_value()[jnp.array(rows)].astype(jnp.float32)
+    embedding.tokens, embedding.token_rows = nnx.Param(values), tuple(rows)
+
+
 def trained_ends(decoder: Decoder, names: NameTable) -> dict[str, nnx.Variable]:
-    """The LoRA leaves of the two ends by their names in Hugging Face's module tree."""
+    """The trained leaves of the two ends by their names in Hugging Face's module tree."""
     out: dict[str, nnx.Variable] = {}
     embedding, head = decoder.embed_tokens, decoder.lm_head
     if embedding.adapted:
         path = names.hf_name("embed_tokens.weight").removesuffix(".weight")
         out[f"{path}.lora_embedding_A"] = embedding.lora_embedding_A
         out[f"{path}.lora_embedding_B"] = embedding.lora_embedding_B
+    if embedding.tokens is not None:
+        path = names.hf_name("embed_tokens.weight").removesuffix(".weight")
+        out[f"{path}.token_adapter.trainable_tokens_delta"] = embedding.tokens
     if head is not None and head.adapted:
         path = names.hf_name("lm_head.weight").removesuffix(".weight")
         out[f"{path}.lora_A.weight"] = head.lora_A

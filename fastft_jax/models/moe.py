@@ -19,6 +19,7 @@ from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.router import route, router_load
 from fastft_jax.pallas_kernels.glu import glu
 from fastft_jax.quant.lora_linear import contract
+from fastft_jax.quant.trained_linear import trained_linear
 
 
 class Sorted(NamedTuple):
@@ -98,33 +99,50 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-    """`x W^T + b`; weight [L, E, D] and bias [L, E], if there is one, stay in 16 or 32 bits and are not trained."""
+    """`x W^T + b`, in float32 if so configured; weight [L, N, D] and bias [L, N] (or None) stay in 16 or 32 bits and
+    take no adapter: they train in full fine-tuning alone.
 
-    def __init__(self, weight, bias=None):
+    e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`, and never trained.
+    """
+
+    def __init__(self, weight, float32: bool = False, e_score_correction_bias=None, bias=None):
         self.weight = Frozen(weight)
         self.bias = nnx.data(None if bias is None else Frozen(bias))
+        correction = e_score_correction_bias
+        self.e_score_correction_bias = nnx.data(None if correction is None else Frozen(correction))
+        self.float32 = float32
 
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M E"]:
-        logits = contract(x, self.weight.get_value().astype(x.dtype), 1, 1, x.dtype)
-        return logits if self.bias is None else logits + self.bias.get_value().astype(x.dtype)
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M N"]:
+        weight, dtype = self.weight.get_value(), jnp.float32 if self.float32 else x.dtype
+        if isinstance(self.weight, nnx.Param):
+            logits = trained_linear(x.astype(dtype), [weight])
+        else:
+            logits = contract(x, weight.astype(x.dtype), 1, 1, dtype)
+        return logits if self.bias is None else logits + self.bias.get_value().astype(dtype)
+
+    @property
+    def correction(self) -> Float[Array, "N"] | None:
+        return None if self.e_score_correction_bias is None else self.e_score_correction_bias.get_value()
 
 
 class MixtureOfExperts(nnx.Module):
-    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one.
-
-    shared_expert_gate [L, 1, D] stays in 16 or 32 bits, and is not trained.
-    """
+    """`experts(n) + sigmoid(shared_gate(n)) shared_expert(n)` with n = norm(x); the second term where there is one, and
+    its gate, too."""
 
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
-        weight = load("mlp.router.weight", (c.num_experts, d))
-        self.router = Router(weight, load("mlp.router.bias", (c.num_experts,)) if c.bias else None)
+        weight, correction = load("mlp.router.weight", (c.num_experts, d)), None
+        if c.router == "sigmoid":
+            correction = load("mlp.router.e_score_correction_bias", (c.num_experts,))
+        bias = load("mlp.router.bias", (c.num_experts,)) if c.bias else None
+        self.router = Router(weight, c.float32_logits, correction, bias)
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(config, load, "mlp.shared_expert", c.shared_intermediate_size)
-            self.shared_expert_gate = Frozen(load("mlp.shared_expert_gate.weight", (1, d)))
+            if c.shared_gate:
+                self.shared_expert_gate = Router(load("mlp.shared_expert_gate.weight", (1, d)))
 
     def __call__(
         self,
@@ -139,10 +157,11 @@ class MixtureOfExperts(nnx.Module):
         normed = x if norm is None else norm(x)
         rows = normed.reshape(-1, x.shape[-1])
         logits = self.router(rows)
-        out = self.experts(rows, *route(logits, self.config, keep), keep).reshape(x.shape)
+        out = self.experts(rows, *route(logits, self.config, keep, self.router.correction), keep).reshape(x.shape)
         if self.shared_expert is not None:
-            gate = contract(rows, self.shared_expert_gate.get_value().astype(x.dtype), 1, 1, x.dtype)
             shared, _ = self.shared_expert(Slot(normed), None, keep, keys)
-            out = out + jax.nn.sigmoid(gate).reshape(*x.shape[:-1], 1) * shared
+            if self.shared_expert_gate is not None:
+                shared = jax.nn.sigmoid(self.shared_expert_gate(rows)).reshape(*x.shape[:-1], 1) * shared
+            out = out + shared
         load = None if counted is None else router_load(logits, self.config.top_k, counted.reshape(-1))
         return out, x, load

@@ -33,6 +33,16 @@ def llama3_divisors(config: RopeConfig, head_dim: int) -> np.ndarray:
     return plain / _llama3(config, plain)
 
 
+def scale_correction(config: RopeConfig) -> float:
+    """What `mscale_all_dim` multiplies the attention logits by: (0.1 mscale_all_dim ln(factor) + 1)^2, else 1.
+
+    DeepSeek's addition to yarn; cos and sin have the rest of it (`_attention_factor`). arXiv:2405.04434, section 3.1.3.
+    """
+    if config.rope_type == "default" or not config.mscale_all_dim:
+        return 1.0
+    return _mscale(_factor(config), config.mscale_all_dim) ** 2
+
+
 def _inv_freq(config: RopeConfig, dim: int, positions: Int[Array, "B T"]) -> Float[Array, "H/2"]:
     plain = _plain(config.rope_theta, dim)
     match config.rope_type:
@@ -118,10 +128,10 @@ def _attention_factor(config: RopeConfig) -> float:
         if factor <= 1:
             return 1.0
         return math.sqrt(1 + math.log(factor) / math.log(config.original_max_position_embeddings))
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     if config.mscale and config.mscale_all_dim:
-        return mscale(config.mscale) / mscale(config.mscale_all_dim)
-    return mscale(1.0)
+        return _mscale(factor, config.mscale) / _mscale(factor, config.mscale_all_dim)
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

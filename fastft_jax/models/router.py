@@ -1,7 +1,7 @@
 """Which experts a token goes to, with what weight, and how evenly tokens are spread.
 
 All from the router's logits, in float32 as transformers computes it. Noise that some models add while they are
-pretrained (jitter, sampled experts) is left out: the router is frozen here.
+pretrained (jitter, sampled experts) is left out.
 """
 
 import jax
@@ -15,18 +15,36 @@ from fastft_jax.models.residuals import Keep
 
 
 def route(
-    logits: Float[Array, "M E"], config: ExpertsConfig, keep: Keep
+    logits: Float[Array, "M E"], config: ExpertsConfig, keep: Keep, correction: Float[Array, "E"] | None = None
 ) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-    """Weights (float32, differentiable) and indices of each token's `top_k` experts, the best one first."""
+    """Weights (float32, differentiable) and indices of each token's `top_k` experts, the best one first.
+
+    `correction` is added to the scores for the choice alone: it keeps the load even without a loss (Wang et al. 2024,
+    arXiv:2408.15664).
+    """
     scores = logits.astype(jnp.float32)
     if config.router == "sparsemixer":
         return _sparsemixer(scores, config.router_epsilon, keep)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    experts = keep(ROUTING, lax.top_k(lax.stop_gradient(probabilities), config.top_k)[1])
+    probabilities = jax.nn.sigmoid(scores) if config.router == "sigmoid" else jax.nn.softmax(scores, axis=-1)
+    ranked = lax.stop_gradient(probabilities)
+    ranked = ranked if correction is None else ranked + correction.astype(jnp.float32)
+    if config.groups > 1:
+        ranked = _of_the_best_groups(ranked, config)
+    experts = keep(ROUTING, lax.top_k(ranked, config.top_k)[1])
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     if config.normalise:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, experts
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
+    return (weights if config.scaling == 1.0 else weights * config.scaling), experts
+
+
+def _of_the_best_groups(ranked: Float[Array, "M E"], config: ExpertsConfig) -> Float[Array, "M E"]:
+    """-inf for experts outside of a token's best groups. A group is as good as its best expert ("softmax"; DeepSeek-V2,
+    arXiv:2405.04434, section 2.2.2) or its best two together ("sigmoid"; DeepSeek-V3, arXiv:2412.19437, 2.1.2)."""
+    grouped = ranked.reshape(ranked.shape[0], config.groups, -1)
+    best = lax.top_k(grouped, 2 if config.router == "sigmoid" else 1)[0].sum(axis=-1)
+    chosen = lax.top_k(best, config.top_groups)[1]
+    inside = jnp.any(chosen[:, :, None] == jnp.arange(config.groups), axis=1)
+    return jnp.where(inside[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)
 
 
 def _sparsemixer(

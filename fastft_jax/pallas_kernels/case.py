@@ -24,3 +24,4 @@ class Case:
     flops: int = 0  # matrix-unit operations; 0 where memory is the bound
     draw: Callable[[int], tuple[Any, ...]] | None = None  # None: normal values (uniform bytes for uint8)
     min_compute_capability: tuple[int, int] = (8, 0)
+    spills: int = 0  # bytes a thread that ptxas may spill, where tiles that spill nothing were measured to be slower

@@ -28,7 +28,7 @@ class Int8Array:
 
     codes: Int8[Array, "*lead N K"]  # zero in the outlying columns
     scale: Float[Array, "*lead N"]  # float32
-    outliers: Float[Array, "*lead N O"]  # O = ceil(K / 128), in the dtype that was encoded
+    outliers: Float[Array, "*lead N O"]  # O = ceil(K / 128), in the dtype that was encoded; 0 in bitsandbytes's own
     columns: Int[Array, "*lead O"]  # ascending
     shape: tuple[int, ...] = field(metadata={"static": True})
 
@@ -61,4 +61,6 @@ def quantize(w: Float[Array, "N K"]) -> Int8Array:
 def dequantize(q: Int8Array, dtype: jax.typing.DTypeLike) -> Float[Array, "N K"]:
     """code * scale in float32, then one cast to `dtype`; one matrix."""
     w = (q.codes.astype(jnp.float32) * q.scale[:, None]).astype(dtype)
+    if not q.columns.size:
+        return w
     return w.at[:, q.columns].set(q.outliers.astype(dtype), indices_are_sorted=True, unique_indices=True)

@@ -1,12 +1,13 @@
-"""Linear layers whose weights train: what full fine-tuning has in the place of `lora_linear`."""
+"""Linear layers whose weights train: what full fine-tuning has in the place of `lora_linear` and its grouped form."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from fastft_jax.pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer
 from fastft_jax.quant.lora_linear import contract
 
 
@@ -39,6 +40,33 @@ def _backward(residuals, dy):
 
 
 _trained_linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def trained_experts(
+    x: Float[Array, "M K"], sizes: Int[Array, "E"], weights: Sequence[Float[Array, "E N K"]]
+) -> Float[Array, "M N"]:
+    """x[m] W_e^T for the rows m of expert e (sorted by expert, `sizes` of each), the outputs of several W side by side.
+
+    On the terms of `trained_linear`: float32 W, cast for the products; dW_e = dY_e^T X_e unrounded, zero for an expert
+    without rows.
+    """
+    return jnp.concatenate([grouped_matmul(x, w.astype(x.dtype), sizes) for w in weights], axis=1)
+
+
+def _experts_forward(x, sizes, weights):
+    return trained_experts(x, sizes, weights), (x, sizes, weights)
+
+
+def _experts_backward(residuals, dy):
+    x, sizes, weights = residuals
+    parts = jnp.split(dy, np.cumsum([w.shape[1] for w in weights])[:-1], axis=1)
+    pairs = list(zip(parts, weights, strict=True))
+    dx = sum(grouped_matmul_transposed(part, w.astype(dy.dtype), sizes) for part, w in pairs)
+    return dx, None, tuple(grouped_outer(part, x, sizes).astype(w.dtype) for part, w in pairs)
+
+
+trained_experts.defvjp(_experts_forward, _experts_backward)
 
 
 def _below_each_other(weights, dtype) -> Float[Array, "N K"]:

@@ -22,15 +22,15 @@ def useful_flops(
     """FLOPs of one step on a batch, recomputation not counted.
 
     Frozen matrices cost 2 a weight and token forward and 2 backward (no weight gradient), trained ones 6; attention
-    costs 4 N H a visible key forward and 2.5 times that backward; the head counts as frozen. In full
-    fine-tuning every matrix, the head among them, costs 6. Of experts only those count that a token goes to;
-    `trainable` is what `active_parameters` says.
+    costs 4 N H a visible key forward (H: a key's and a value's width, averaged) and 2.5 times that backward; the head
+    counts as frozen. In full fine-tuning every matrix, the head among them, costs 6. Of experts only those count that a
+    token goes to; `trainable` is what `active_parameters` says.
     """
     c = config
     real = batch["segment_ids"] > 0
     tokens = int(real.sum())
-    attention_width = c.num_attention_heads * c.head_dim
-    qkvo = c.hidden_size * (2 * attention_width + 2 * c.num_key_value_heads * c.head_dim)
+    attention_width = c.num_attention_heads * (c.head_dim + c.value_dim) / 2
+    qkvo = _attention(c)
     mlps = sum(_mlp(c, kind.sparse) for kind in c.layer_kinds)
     linears = c.num_hidden_layers * qkvo + mlps + c.vocab_size * c.hidden_size
     keys = batch["positions"][real].astype(np.int64) + 1
@@ -40,6 +40,17 @@ def useful_flops(
     return weights * tokens + 14.0 * attention_width * visible
 
 
+def _attention(config: DecoderConfig) -> int:
+    """Weights of a layer's attention."""
+    c, m = config, config.latent
+    if m is None:
+        return c.hidden_size * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    heads, width = c.num_attention_heads, c.hidden_size
+    query = heads * c.head_dim * (m.q_rank or width) + (m.q_rank or 0) * width
+    kv = width * (m.kv_rank + m.rope_dim) + m.kv_rank * heads * (m.nope_dim + m.value_dim)
+    return query + kv + heads * m.value_dim * width
+
+
 def _mlp(config: DecoderConfig, sparse: bool) -> int:
     """Weights of a layer's feed-forward part that a token meets."""
     c, e = config, config.experts
@@ -47,4 +58,5 @@ def _mlp(config: DecoderConfig, sparse: bool) -> int:
         return (3 if c.gated_mlp else 2) * c.hidden_size * c.intermediate_size
     shared = e.shared_intermediate_size
     routed = 3 * c.hidden_size * e.intermediate_size * e.top_k + c.hidden_size * e.num_experts
-    return routed if shared is None else routed + 3 * c.hidden_size * shared + c.hidden_size
+    gate = c.hidden_size if e.shared_gate else 0
+    return routed if shared is None else routed + 3 * c.hidden_size * shared + gate

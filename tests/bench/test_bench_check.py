@@ -18,6 +18,8 @@ from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.attention import attention
 from fastft_jax.pallas_kernels.rms_norm import select_implementation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def interpreted(monkeypatch):

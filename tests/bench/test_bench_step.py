@@ -18,6 +18,7 @@ from fastft_jax.trainers.flops import useful_flops
 from fastft_jax.trainers.loop import Loop
 from fastft_jax.trainers.sft_config import SFTConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = {  # every linear is 64 x 64: drawing and quantising it compiles once
     "model_type": "llama",
     "hidden_size": 64,

@@ -11,6 +11,7 @@ from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.errors import CheckpointError
 from fastft_jax.quant.nf4 import NF4Array
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDS = np.random.default_rng(0).integers(4, 300, (1, 24))
 
 

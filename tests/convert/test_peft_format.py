@@ -303,8 +303,7 @@ def test_a_rank_other_than_the_configs_is_refused_unless_a_pattern_explains_it(a
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("lora_bias", True),
-        ("trainable_token_indices", [1]),
+        ("trainable_token_indices", {"lm_head": [1]}),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
         ("fan_in_fan_out", True),

@@ -267,6 +267,58 @@ def stablelm(d, f, layers, heads, vocab, **more):
     return layer_norm(published("stablelm", d, f, layers, heads, heads, vocab, 4096, **more))
 
 
+def deepseek(model_type, d, f, width, layers, heads, vocab, mscale, **more):
+    """Latent attention of one shape in all releases."""
+    attention = {"attention_bias": False, "attention_dropout": 0.0, "kv_lora_rank": 512, "q_lora_rank": 1536}
+    attention |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    yarn = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": mscale, "mscale_all_dim": mscale}
+    yarn |= {"original_max_position_embeddings": 4096, "type": "yarn"}
+    experts = {"moe_intermediate_size": width, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
+    settings = attention | experts | {"rope_scaling": yarn, "rope_theta": 10000, "rms_norm_eps": 1e-6, "ep_size": 1}
+    return published(model_type, d, f, layers, heads, heads, vocab, 163840, **settings | more)
+
+
+DEEPSEEK_V2 = {
+    "first_k_dense_replace": 1,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 6,
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+}
+DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+DEEPSEEK_V3 = {
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 1,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+}
+
+
 # name -> (what of the release's config.json decides the maths, its parameters). Those from Gemma on were written down
 # without the files at hand; that count and config agree is what speaks for both.
 RELEASED = {
@@ -389,6 +441,14 @@ RELEASED = {
     "c4ai-command-r7b-12-2024": (cohere(4096, 14336, 32, 32, 8, 5e4, **COMMAND_R7B), 8_028_033_024),
     "stablelm-3b-4e1t": (stablelm(2560, 6912, 32, 32, 50304), 2_795_443_200),
     "stablelm-2-1_6b": (stablelm(2048, 5632, 24, 32, 100352, use_qkv_bias=True), 1_644_515_328),
+    "DeepSeek-V2": (deepseek("deepseek_v2", 5120, 12288, 1536, 60, 128, 102400, 0.707, **DEEPSEEK_V2), 235_741_434_880),
+    "DeepSeek-V2-Lite": (
+        deepseek("deepseek_v2", 2048, 10944, 1408, 27, 16, 102400, 0.707, **DEEPSEEK_V2_LITE),
+        15_706_484_224,
+    ),
+    # without the layer that predicts the token after the next
+    "DeepSeek-V3": (deepseek("deepseek_v3", 7168, 18432, 2048, 61, 128, 129280, 1.0, **DEEPSEEK_V3), 671_026_419_200),
+    "DeepSeek-R1": (deepseek("deepseek_v3", 7168, 18432, 2048, 61, 128, 129280, 1.0, **DEEPSEEK_V3), 671_026_419_200),
     "Mixtral-8x7B-v0.1": (mixtral(4096, 14336, 32, 32, 32000, 32768), 46_702_792_704),
     "Mixtral-8x22B-v0.1": (mixtral(6144, 16384, 56, 48, 32000, 65536), 140_620_634_112),
     "Qwen1.5-MoE-A2.7B": (

@@ -87,6 +87,17 @@ def test_what_a_released_config_switches_on_is_on():
     assert (granite4.fused_gate_up, granite4.attention_scale, granite4.logit_scale) == (True, 1 / 64, 0.1)
     assert config("internlm2-20b").grouped_qkv and not config("internlm2-20b").qkv_bias
     assert config("internlm3-8b-instruct").rope.factor == 6.0
+    v2, lite, v3 = map(config, ("DeepSeek-V2", "DeepSeek-V2-Lite", "DeepSeek-V3"))
+    assert (v2.latent.q_rank, lite.latent.q_rank, v2.latent.kv_rank, v2.head_dim, v2.rope_dim) == (
+        *(1536, None, 512, 192, 64),
+    )
+    # the publisher's formula: both softmax's scale and, by mscale / mscale_all_dim, cos and sin
+    assert v3.attention_scale == pytest.approx(192**-0.5 * (0.1 * 1.0 * math.log(40) + 1) ** 2, rel=1e-12)
+    assert lite.attention_scale == pytest.approx(192**-0.5 * (0.1 * 0.707 * math.log(40) + 1) ** 2, rel=1e-12)
+    np.testing.assert_array_equal(rope_tables(v3.rope, v3.rope_dim, np.zeros((1, 1), int))[0], np.ones((1, 1, 32)))
+    assert (v2.experts.groups, v2.experts.top_groups, v2.experts.scaling, lite.experts.groups) == (8, 3, 16.0, 1)
+    assert (v3.experts.router, v3.experts.normalise, v3.experts.scaling, v3.unread_layers) == ("sigmoid", True, 2.5, 1)
+    assert v3.experts.dense_layers == (0, 1, 2) and [len(s[0]) for s in v3.segments] == [3, 58]
     phimoe = config("Phi-3.5-MoE-instruct")
     assert (phimoe.experts.router, phimoe.experts.router_epsilon, phimoe.head_bias) == ("sparsemixer", 0.01, True)
     assert phimoe.rope.attention_factor == 1.243163121016122 and phimoe.norm_bias and phimoe.o_bias
@@ -206,7 +217,7 @@ GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
         ({"model_type": "mine", "auto_map": {"AutoModel": "x.py"}}, ["model_type='mine'", "trust_remote_code"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "'awq'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "'gptq'"]),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, ["load_in_4bit=False"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["load_in_4bit=False"]),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             ["bnb_4bit_quant_type='fp4'"],

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import test_family_features
 import tiny
 import tiny_run
@@ -17,11 +18,13 @@ from test_parity import TOLERANCE, load, loss_and_gradient, padded_batch, torch_
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert import hf_writer
-from fastft_jax.convert.hf_writer import _places, write_model
+from fastft_jax.convert.hf_writer import write_model
+from fastft_jax.convert.merged import Weights, entries_16bit
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.active_kernels import base_in_use
-from fastft_jax.models.full import weight_at
-from fastft_jax.quant.trained_linear import trained_linear
+from fastft_jax.models.full import train_everything
+from fastft_jax.models.layers import Frozen
+from fastft_jax.quant.trained_linear import trained_experts, trained_linear
 from fastft_jax.trainers.sft import check_output_dir
 
 gemma3 = test_family_features.gemma3
@@ -32,16 +35,17 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def tensors(decoder, names) -> dict[str, np.ndarray]:
     """Every weight under transformers' name."""
-    return {
-        name: np.asarray(weight_at(decoder, path, layer)) for name, (path, layer, _) in _places(decoder, names).items()
-    }
+    return {name: entry.read() for name, entry in entries_16bit(Weights(decoder, names), names, np.float32).items()}
 
 
-# plain; sandwich norms by 1 + w, tied, caps; LayerNorm, biases, a head's bias; norms of heads
-@pytest.mark.parametrize("name", ["llama-2", "gemma-2", "phi-2", "qwen-3"])
+# plain; sandwich norms by 1 + w, tied, caps; LayerNorm, biases, a head's bias; norms of heads; experts, a shared one
+# with its gate; the other router
+@pytest.mark.parametrize("name", ["llama-2", "gemma-2", "phi-2", "qwen-3", "qwen-2-moe", "phi-3.5-moe"])
 def test_the_gradient_of_every_parameter_is_transformers(name, tmp_path):
     """float32 on both sides: only the order of sums differs, a few 1e-6 of gradients up to 3 in size."""
-    theirs = tiny.make_model(name, num_hidden_layers=2)
+    balanced = dict(output_router_logits=True, router_aux_loss_coef=0.5) if name in tiny.EXPERTS else {}
+    changes = dict(mlp_only_layers=[]) if name == "qwen-2-moe" else {}
+    theirs = tiny.make_model(name, num_hidden_layers=2, **balanced, **changes)
     model = load(tiny.save(theirs, tmp_path), full_finetuning=True)
     ids, mask = padded_batch()
     ids = np.maximum(ids, 1)  # torch leaves out the gradient of looking up a family's padding token, 0 here
@@ -52,11 +56,18 @@ def test_the_gradient_of_every_parameter_is_transformers(name, tmp_path):
     mine, gradient = loss_and_gradient(model, ids, mask, labels, "selective")
     np.testing.assert_allclose(mine, loss.item(), rtol=1e-5)
     grads = tensors(gradient, model.names)
-    named = dict(theirs.named_parameters())
+    # under the names that transformers gives a checkpoint's tensors
+    theirs.save_pretrained(tmp_path / "gradient", state_dict={n: p.grad for n, p in theirs.named_parameters()})
+    named = safetensors.numpy.load_file(tmp_path / "gradient" / "model.safetensors")
     assert grads.keys() == named.keys()
     for parameter, value in named.items():
-        np.testing.assert_allclose(grads[parameter], value.grad, atol=TOLERANCE, rtol=TOLERANCE, err_msg=parameter)
+        np.testing.assert_allclose(grads[parameter], value, atol=TOLERANCE, rtol=TOLERANCE, err_msg=parameter)
     assert model.num_parameters() == (theirs.num_parameters(),) * 2
+    if name in tiny.EXPERTS:  # saved again: every tensor as transformers wrote it
+        model.save_pretrained(tmp_path / "saved")
+        before, after = (safetensors.numpy.load_file(p / "model.safetensors") for p in (tmp_path, tmp_path / "saved"))
+        assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
+        assert "equal to the bit" in model.verify_adapter(tmp_path / "saved")
 
 
 def test_gradients_of_float32_masters_are_not_rounded_to_the_compute_dtype():
@@ -69,6 +80,23 @@ def test_gradients_of_float32_masters_are_not_rounded_to_the_compute_dtype():
     assert (y.dtype, dx.dtype, dw[0].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     exact = np.einsum("btn,btk->nk", np.float64(dy), np.float64(x))
     np.testing.assert_allclose(np.concatenate(dw), exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
+def test_nor_are_those_of_experts():
+    """The same, expert by expert; one without rows, and two weights at once."""
+    rng, sizes = np.random.default_rng(1), np.array([5, 0, 4])
+    x, dy = (jnp.asarray(rng.standard_normal((9, n)), jnp.bfloat16) for n in (16, 12))
+    w = tuple(jnp.asarray(rng.standard_normal((3, n, 16)), jnp.float32) for n in (8, 4))
+    y, pull_back = jax.vjp(trained_experts, x, jnp.asarray(sizes), w)
+    dx, _, dw = pull_back(dy)
+    assert (y.dtype, dx.dtype, dw[0].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    whole = np.float64(np.concatenate(w, axis=1).astype("bfloat16"))
+    for e, rows in enumerate(np.split(np.arange(9), np.cumsum(sizes)[:-1])):
+        exact = np.float64(dy)[rows].T @ np.float64(x)[rows]
+        bound = 1e-6 * np.abs(exact).max()
+        np.testing.assert_allclose(np.concatenate([part[e] for part in dw]), exact, rtol=0, atol=bound)
+        np.testing.assert_allclose(np.float64(y)[rows], np.float64(x)[rows] @ whole[e].T, rtol=2**-8, atol=1e-6)
+        np.testing.assert_allclose(np.float64(dx)[rows], np.float64(dy)[rows] @ whole[e], rtol=2**-6, atol=2**-6)
 
 
 ROWS = tiny_run.rows(3, longest=16)  # a batch: every step sees the same
@@ -168,6 +196,10 @@ def test_what_full_finetuning_cannot_be_combined_with_is_refused(base, run, tmp_
         full(base, compute_dtype="fp8")
     with pytest.raises(ConfigError, match="loaded from"):
         full(base).save_pretrained(base)
+    strange = nnx.clone(load(base).decoder)
+    strange.norm.sinks = Frozen(jnp.zeros(2))
+    with pytest.raises(NotImplementedError, match="not built yet for sinks of RMSNorm"):
+        train_everything(strange)
     onto_itself = tiny_run.trainer(full(folder), folder, ROWS, **RUN, overwrite_output_dir=True)
     with pytest.raises(ConfigError, match="loaded from"):  # at the start, not at the end
         onto_itself.train()

@@ -10,6 +10,7 @@ import torch
 from fastft_jax import FastLanguageModel
 
 NEW = 12
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", params=["llama-3.1", "mistral-7b-v0.1", "qwen-3"])
@@ -47,6 +48,8 @@ def test_generation_stops_behind_the_end_token(pair):
         assert short == (long[: long.index(end) + 1] if end in long else long)
 
 
+# What follows the logits is one code for every family: its tests take one
+@pytest.mark.parametrize("pair", ["llama-3.1"], indirect=True, scope="module")
 def test_sampling_follows_the_softmax_and_its_seed(pair):
     _, ours = pair
     prompt = prompts()[0]
@@ -61,6 +64,7 @@ def test_sampling_follows_the_softmax_and_its_seed(pair):
     assert again == ours.generate([prompt] * 4, max_new_tokens=NEW, temperature=2.0, seed=1)
 
 
+@pytest.mark.parametrize("pair", ["llama-3.1"], indirect=True, scope="module")
 def test_empty_prompts_are_refused(pair):
     with pytest.raises(ValueError, match="prompt"):
         pair[1].generate([[1], []], max_new_tokens=1)

@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 
 from fastft_jax import FastLanguageModel
+from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
 from fastft_jax.models.families.registry import config_from_hf
@@ -71,7 +72,8 @@ def test_logits_and_gradients_equal_transformers_with_the_adapter_in_peft(case, 
         labels = np.where(real, ids, -100)
         labels[1, 13] = -100  # the first real token would be predicted from padding
         their_loss, fused = test_parity.torch_gradients(theirs, ids, mask, labels)
-        our_loss, mine = test_parity.our_gradients(ours, ids, mask, labels)
+        policy = "none" if ours.decoder.config.unread_layers else "full"  # once with what latent attention keeps
+        our_loss, mine = test_parity.our_gradients(ours, ids, mask, labels, policy)
         np.testing.assert_allclose(our_loss, their_loss, rtol=1e-5)
         wanted = one_by_one(fused, ours)
         assert mine.keys() == wanted.keys()
@@ -79,6 +81,19 @@ def test_logits_and_gradients_equal_transformers_with_the_adapter_in_peft(case, 
             np.testing.assert_allclose(mine[name], value, atol=test_parity.TOLERANCE, rtol=0, err_msg=name)
     finally:
         theirs.unload()
+
+
+def test_transformers_computes_the_merged_models_logits(case, tmp_path):
+    """Under the names of published files: every tensor of the base's folder is there, of its shape."""
+    model, ours = case
+    ours.save_pretrained_merged(tmp_path / "merged", dtype="float32", verify=False)
+    before, after = Checkpoint.open(ours.base_folder), Checkpoint.open(tmp_path / "merged")
+    assert {n: before.info(n) for n in before.names} == {n: after.info(n) for n in after.names}
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    ids, mask = test_parity.padded_batch()
+    theirs, real = test_parity.torch_logits(merged.eval(), ids, mask), mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(ours(ids, mask))[real], theirs[real], atol=test_parity.TOLERANCE, rtol=0)
+    assert np.abs(theirs - test_parity.torch_logits(model, ids, mask))[real].max() > 1
 
 
 def one_by_one(fused: dict[str, np.ndarray], model) -> dict[str, np.ndarray]:
@@ -173,7 +188,7 @@ def test_experts_are_quantised_one_by_one_as_bitsandbytes_does_and_routers_are_n
         np.testing.assert_array_equal(ours[expert], wanted.numpy())
 
 
-def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mixtral):
+def test_experts_are_int8_one_by_one(mixtral):
     folder, theirs = mixtral
     weight = test_parity.load(folder, load_in_8bit=True).decoder.segments[0][0].mlp.experts.down_proj.weight.get_value()
     w = jnp.asarray(theirs.model.layers[1].mlp.experts.down_proj[3].detach().numpy())
@@ -182,8 +197,6 @@ def test_experts_are_int8_one_by_one_and_full_finetuning_says_that_it_cannot(mix
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 96)), jnp.float32)
     got = grouped_lora_linear(x, jnp.array([0, 0, 0, 5]), [Projection(weight.at(1))], [1.0])
     np.testing.assert_allclose(got, x @ int8.dequantize(int8.quantize(w), jnp.float32).T, rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="full_finetuning=True is not built yet for mixtures of experts"):
-        test_parity.load(folder, full_finetuning=True)
 
 
 def test_the_balancing_loss_and_its_gradient_are_transformers(tmp_path):
@@ -290,6 +303,8 @@ def test_adapters_that_no_reader_could_hold_are_refused(mixtral, options, said):
 MIXTRAL = {"model_type": "mixtral"} | tiny.COMMON | tiny.EXPERTS["mixtral"][1]
 QWEN = {"model_type": "qwen2_moe"} | tiny.COMMON | tiny.EXPERTS["qwen-2-moe"][1]
 PHI = {"model_type": "phimoe"} | tiny.COMMON | tiny.EXPERTS["phi-3.5-moe"][1]
+DEEPSEEK_V2 = {"model_type": "deepseek_v2"} | tiny.COMMON | tiny.EXPERTS["deepseek-v2"][1]
+DEEPSEEK_V3 = {"model_type": "deepseek_v3"} | tiny.COMMON | tiny.EXPERTS["deepseek-v3"][1]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +316,19 @@ PHI = {"model_type": "phimoe"} | tiny.COMMON | tiny.EXPERTS["phi-3.5-moe"][1]
         (MIXTRAL | {"output_router_logits": "yes"}, "output_router_logits"),
         (QWEN | {"mlp_only_layers": [9]}, r"mlp_only_layers=\[9\]"),
         (PHI | {"num_experts_per_tok": 3}, "num_experts_per_tok=3"),
+        (DEEPSEEK_V2 | {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        (DEEPSEEK_V2 | {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        (DEEPSEEK_V2 | {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        (DEEPSEEK_V2 | {"n_group": 3}, "n_group=3 must divide n_routed_experts=8"),
+        (DEEPSEEK_V2 | {"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the experts in topk_group=2 of"),
+        (DEEPSEEK_V2 | {"num_key_value_heads": 2}, "num_key_value_heads=2 must be num_attention_heads=4"),
+        (DEEPSEEK_V2 | {"v_head_dim": 25}, "v_head_dim=25 is more than qk_nope_head_dim"),
+        (DEEPSEEK_V2 | {"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 is odd"),
+        (DEEPSEEK_V2 | {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        (DEEPSEEK_V3 | {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        (DEEPSEEK_V3 | {"topk_group": 5}, "topk_group=5 must not be more"),
+        (DEEPSEEK_V3 | {"n_group": 8, "num_experts_per_tok": 2}, "fewer than the two experts"),
+        (MIXTRAL | {"kv_lora_rank": 16}, "kv_lora_rank=16 is not supported for mixtral"),
         (PHI | {"rope_parameters": PHI["rope_parameters"] | {"long_mscale": 1.3}}, "short_mscale=1.2.*long_mscale=1.3"),
     ],
 )

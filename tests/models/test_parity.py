@@ -94,8 +94,8 @@ def torch_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarr
     }
 
 
-def our_gradients(model, ids, mask, labels) -> tuple[float, dict[str, np.ndarray]]:
-    loss, gradient = loss_and_gradient(model, ids, mask, labels)
+def our_gradients(model, ids, mask, labels, policy="full") -> tuple[float, dict[str, np.ndarray]]:
+    loss, gradient = loss_and_gradient(model, ids, mask, labels, policy)
     return loss, {name: np.asarray(v) for name, v in lora.trainable_tensors(gradient, model.names).items()}
 
 

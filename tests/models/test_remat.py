@@ -13,6 +13,7 @@ from fastft_jax.models.remat import POLICIES, RESIDUAL_NAMES, parts, resolve_pol
 from fastft_jax.trainers.compile import compile_fitting
 from fastft_jax.trainers.step import LossOptions, gradients
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 USERS_TABLE = {"q": "save", "attn_out": "save", "gate_up": 0.3, "v": "recompute", "layer_input": "offload"}
 
 

@@ -140,6 +140,22 @@ TINY: dict[str, tuple[str, dict]] = {
         dict(num_hidden_layers=2, use_parallel_residual=True) | _theta(1e4, partial_rotary_factor=0.25),
     ),
 }
+DEEPSEEK = dict(
+    num_hidden_layers=2,
+    num_key_value_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    moe_intermediate_size=32,
+    first_k_dense_replace=0,
+    n_group=4,
+    topk_group=2,
+)
 # mixtures of experts: tests/models/test_moe.py
 EXPERTS: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", dict(num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
@@ -193,6 +209,16 @@ EXPERTS: dict[str, tuple[str, dict]] = {
             | {"original_max_position_embeddings": 64, "rope_theta": 1e4, "short_mscale": 1.2, "long_mscale": 1.2},
         ),
     ),
+    "deepseek-v2": (  # with V2-Lite's queries
+        "deepseek_v2",
+        DEEPSEEK
+        | dict(q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=4.0, attention_bias=True)
+        | _theta(1e4, **YARN, mscale=0.7, mscale_all_dim=0.7),
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        DEEPSEEK | dict(first_k_dense_replace=1) | _theta(1e4, **YARN, mscale=1.0, mscale_all_dim=0.5),
+    ),
 }
 
 
@@ -216,6 +242,9 @@ def make_model(name: str, **changes):
                 parameter.uniform_(middle - 0.5, middle + 0.5)
             else:
                 parameter.normal_(0, 0.15)  # far enough from linear that a wrong rotation or mask shows
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.1, 0.1)  # as wide as the scores' own differences
     return model.eval()
 
 

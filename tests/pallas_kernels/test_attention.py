@@ -17,6 +17,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from fastft_jax.pallas_kernels import attention as op
 from fastft_jax.pallas_kernels.attention import attention, cudnn, reference, select_implementation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # fp32 rounding of a softmax over at most 64 keys; sums are in another order in torch.
 FP32 = dict(rtol=1e-5, atol=1e-5)
 

@@ -21,6 +21,7 @@ from fastft_jax.pallas_kernels.attention.cases import CASES
 from fastft_jax.pallas_kernels.attention.ranges import BROKEN, visible_ranges
 from fastft_jax.pallas_kernels.attention.tiles import Blocks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # fp32 rounding of softmaxes over at most 70 keys, summed block by block in another order.
 FP32 = dict(rtol=2e-5, atol=2e-5)
 KERNELS = triton.Kernels(Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1))
@@ -198,6 +199,17 @@ def lower_for_h200(f, *args):
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_tiles_follow_the_card_and_the_width():
+    choose = triton.choose_kernels
+    assert choose(64, jnp.bfloat16, (9, 0)) == triton.HOPPER[64]
+    assert choose(80, jnp.bfloat16, (9, 0)) == triton.HOPPER[128]
+    assert choose(192, jnp.float16, (9, 0)) == triton.HOPPER[256]
+    for width in (64, 80, 192):
+        any_card = choose(width, jnp.bfloat16)
+        assert choose(width, jnp.bfloat16, (8, 9)) == any_card != choose(width, jnp.bfloat16, (9, 0))
+        assert choose(width, jnp.float32, (9, 0)) == choose(width, jnp.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -8,6 +8,7 @@ from cuda_lowering import cuda_text, kernels
 from fastft_jax.pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer
 from fastft_jax.pallas_kernels.grouped_matmul.cases import CASES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = CASES[-6:-2]  # the three in bfloat16, one in float32
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastft_jax.pallas_kernels.linear_cross_entropy import IGNORE_INDEX, default_chunk_size, linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, WIDTH = 53, 12  # neither a multiple of anything that a GPU or a chunk likes
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from fastft_jax.pallas_kernels.linear_cross_entropy import chunks, linear_cross_entropy, reference, triton
 from fastft_jax.pallas_kernels.linear_cross_entropy.reference import Terms
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCAB, WIDTH, IGNORED = 53, 12, -100
 TERMS = [
     Terms(),

@@ -8,6 +8,7 @@ from cuda_lowering import cuda_text, kernels
 from fastft_jax.pallas_kernels import nf4
 from fastft_jax.pallas_kernels.nf4.cases import CASES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 E4M3 = jnp.float8_e4m3fn
 # rows below, at and above a program's 128, ragged; columns of 1, 3 and 5 blocks, a program takes 4
 SHAPES = [(5, 64), (130, 192), (256, 320)]

@@ -16,6 +16,7 @@ from fastft_jax.pallas_kernels.layer_norm.cases import CASES as LAYER_NORM_CASES
 from fastft_jax.pallas_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from fastft_jax.pallas_kernels.rms_norm.cases import CASES as RMS_NORM_CASES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EPS = 1e-5
 SIZES = [(70, 48), (70, 1000), (3, 4100)]  # rows in ragged tiles; ragged programs of several tiles; a row a program
 BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])

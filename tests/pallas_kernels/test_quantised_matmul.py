@@ -22,6 +22,7 @@ from fastft_jax.pallas_kernels.quantised_matmul import (
 )
 from fastft_jax.pallas_kernels.quantised_matmul.cases import CASES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PTX = fixed_point.multiply_asm(split_low=False)
 
 

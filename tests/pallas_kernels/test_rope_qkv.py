@@ -17,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from fastft_jax.pallas_kernels.rope import apply_rope, rope_qkv
 from fastft_jax.pallas_kernels.rope.cases import CASES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 EPS = 1e-6
 BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])
 # heads, key heads, width of a head, half of its rotated part: counts and widths that are not powers of two

@@ -1,7 +1,8 @@
 """A LoRA adapter alone as GGUF, for `llama.cpp --lora` beside a base model in GGUF.
 
-Tensors `blk.N.X.weight.lora_a` [R, K] and `.lora_b` [N, R], float32. llama.cpp applies (alpha / R) B A with one alpha a
-file, so whatever else an adapter's scaling is made of (rsLoRA, an alpha of its own a module) is multiplied into B.
+Tensors `blk.N.X.weight.lora_a` [R, K] and `.lora_b` [N, R], float32; [E, R, K] and [E, N, R] of experts.
+llama.cpp applies (alpha / R) B A with one alpha a file, so whatever else an adapter's scaling is made of (rsLoRA, an
+alpha of its own a module) is multiplied into B.
 """
 
 import math
@@ -35,12 +36,13 @@ def save_gguf_adapter(decoder: Decoder, path: Path, *, name: str, alpha: float) 
             at = row if rows is None else rows.index(row)
             rank = slice(None) if linear.ranks is None else slice(linear.ranks[at])
             a, b = (np.asarray(leaf.get_value()[at], np.float32) for leaf in (linear.lora_A, linear.lora_B))
-            a, b = a[rank], b[:, rank]
+            a, b = a[..., rank, :], b[..., rank]  # [E, R, K] and [E, N, R] of experts
             if linear.start_A is not None:  # what PiSSA started from is subtracted: an adapter of twice the rank
                 start_a, start_b = (np.asarray(x.get_value()[at], np.float32) for x in (linear.start_A, linear.start_B))
-                a, b = np.concatenate([a, start_a[rank]]), np.concatenate([b, -start_b[:, rank]], axis=1)
+                a = np.concatenate([a, start_a[..., rank, :]], axis=-2)
+                b = np.concatenate([b, -start_b[..., rank]], axis=-1)
             scaling = linear.scaling[at] if isinstance(linear.scaling, tuple) else linear.scaling
-            factor = scaling * a.shape[0] / alpha
+            factor = scaling * a.shape[-2] / alpha
             if not math.isclose(factor, 1.0, rel_tol=1e-9):
                 b = b * np.float32(factor)
             if architecture.permuted and module in ("self_attn.q_proj", "self_attn.k_proj"):
@@ -71,6 +73,8 @@ def _only_lora(decoder: Decoder) -> None:
             found = f"{name}, which was trained whole"
         elif module is not None and module.adapted:
             found = f"LoRA on {name}"
+        elif getattr(module, "tokens", None) is not None:
+            found = "trained tokens"
     for _, module in nnx.iter_modules(decoder):
         if isinstance(module, RMSNorm | LayerNorm) and isinstance(module.weight, nnx.Param):
             found = found or "trained norms"
@@ -79,6 +83,8 @@ def _only_lora(decoder: Decoder) -> None:
                 found = found or "base weights that were trained"
             if module.magnitude is not None:
                 found = found or "DoRA's magnitudes"
+            if module.lora_bias is not None:
+                found = found or "biases of LoRA"
             if module.trained_bias is not None:
                 found = found or "trained biases"
             if module.requantised:

@@ -31,6 +31,7 @@ class Architecture:
     scales: bool = False  # Granite's four multipliers
     biases: frozenset[str] = frozenset()  # "qkv", "o", "mlp": those it adds
     activation: str = "silu"
+    normalised: bool | None = None  # experts' weights are divided by their sum; None: no experts
 
 
 _ALL = frozenset(("qkv", "o", "mlp"))
@@ -54,6 +55,10 @@ ARCHITECTURES = {
     "cohere": Architecture("command-r", layer_norm=True),
     "cohere2": Architecture("cohere2", layer_norm=True, window_every=4),
     "stablelm": Architecture("stablelm", layer_norm=True, biases=_QKV),
+    "mixtral": Architecture("llama", permuted=True, normalised=True),
+    "qwen2_moe": Architecture("qwen2moe", biases=_QKV, normalised=False),
+    "qwen3_moe": Architecture("qwen3moe", normalised=True),
+    "phimoe": Architecture("phimoe", biases=_ALL, normalised=True),  # to be refused with what differs
 }
 
 # ours -> GGUF's; layers' names stand under blk.N.
@@ -74,6 +79,14 @@ MODULES = {
     "mlp.gate_up_proj": "ffn_up",  # the gate's rows first, as ours
     "mlp.down_proj": "ffn_down",
     "mlp_output_norm": "post_ffw_norm",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
 
 
@@ -110,16 +123,22 @@ def tensor_name(path: str, layer: int | None) -> str:
     return f"{TOP[module]}.{kind}" if layer is None else f"blk.{layer}.{MODULES[module]}.{kind}"
 
 
+def shape_there(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape as llama.cpp has it: the gate of a shared expert [1, D] is a vector."""
+    return shape[1:] if path == "mlp.shared_expert_gate.weight" else shape
+
+
 def to_llama_cpp(
     path: str, w: Float[np.ndarray, "N ..."], config: DecoderConfig, architecture: Architecture
 ) -> Float[np.ndarray, "N ..."]:
-    """A tensor's values as llama.cpp wants them: q and k rows interleaved, Gemma's norms with their 1 added."""
+    """A tensor's values as llama.cpp wants them: q and k rows interleaved, Gemma's norms with their 1 added; of the
+    shape `shape_there`."""
     module, _, _ = path.rpartition(".")
     if architecture.permuted and module in ("self_attn.q_proj", "self_attn.k_proj"):
         return interleave(w, heads_of(module, config))
     if config.norm == "rms_plus_one" and module.endswith("norm"):
         return w + np.float32(1)
-    return w
+    return w.reshape(shape_there(path, w.shape))
 
 
 def from_llama_cpp(
@@ -160,6 +179,12 @@ def add_hyperparameters(
     writer.add_vocab_size(c.vocab_size)
     (writer.add_layer_norm_eps if architecture.layer_norm else writer.add_layer_norm_rms_eps)(c.rms_norm_eps)
     _add_rope(writer, c, architecture)
+    if c.experts is not None:
+        writer.add_expert_count(c.experts.num_experts)
+        writer.add_expert_used_count(c.experts.top_k)
+        writer.add_expert_feed_forward_length(c.experts.intermediate_size)
+        if c.experts.shared_intermediate_size is not None:
+            writer.add_expert_shared_feed_forward_length(c.experts.shared_intermediate_size)
     if architecture.window_every and any(c.layer_windows):
         sliding = [window is not None for window in c.layer_windows]
         writer.add_sliding_window(max(filter(None, c.layer_windows)))
@@ -220,6 +245,8 @@ def extra_tensors(config: DecoderConfig) -> Iterator[tuple[str, Float[np.ndarray
 def _differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
     """What of the decoder llama.cpp's graph has otherwise, in words."""
     rope, name = c.rope, architecture.name
+    if c.experts is not None:
+        yield from _expert_differences(c, architecture)
     if rope.rope_type == "longrope" and not architecture.longrope:
         yield "longrope"
     if rope.rope_type == "yarn":
@@ -248,10 +275,22 @@ def _differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
         yield "rotary embedding in layers without a window"
     if name == "olmo2" and c.second_rope is not None and c.second_rope.rope_type != "default":
         yield "scaled rotary embedding in layers with a window"
-    if name == "granite" and c.head_dim * c.num_attention_heads != c.hidden_size:
+    if name == "qwen2moe" and c.tie_word_embeddings:
+        yield "a head that is tied to the embedding"
+    if name in ("granite", "qwen2moe") and c.head_dim * c.num_attention_heads != c.hidden_size:
         yield f"head_dim={c.head_dim}"
     if len({w for w in c.layer_windows if w}) > 1:
         yield "windows of different lengths"
+
+
+def _expert_differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
+    e = c.experts
+    if e.router != "softmax":
+        yield f"experts weighted by {e.router!r} (there by softmax), and LayerNorm (there RMSNorm)"
+    if e.normalise != architecture.normalised:
+        yield f"norm_topk_prob={e.normalise} (there it is {architecture.normalised})"
+    if e.dense_layers:
+        yield f"layers without experts ({', '.join(map(str, e.dense_layers))})"
 
 
 def _yarn_factor(rope: RopeConfig) -> float:

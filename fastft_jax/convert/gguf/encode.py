@@ -27,15 +27,19 @@ def encoded_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def encode(
-    kind: str, w: Float[np.ndarray, "*N K"], pool: Executor, importance: Float[np.ndarray, "K"] | None = None
+    kind: str, w: Float[np.ndarray, "*N K"], pool: Executor, importance: Float[np.ndarray, "*E K"] | None = None
 ) -> Iterator[UInt8[np.ndarray, "bytes"]]:
     """The bytes of w in row order, in pieces; `pool`'s threads work ahead of the reader.
 
-    importance: how much each column matters, which k-quants look at. ValueError for a row that is no multiple of
-    `block_size(kind)`.
+    importance: how much each column matters, of each expert where w is [E, N, K]; k-quants look at it. ValueError for a
+    row that is no multiple of `block_size(kind)`.
     """
     if w.shape[-1] % block_size(kind):
         raise ValueError(f"rows of {w.shape[-1]} are no multiple of {kind}'s blocks of {block_size(kind)}")
+    if importance is not None and importance.ndim > 1:
+        for each, own in zip(w, importance, strict=True):
+            yield from encode(kind, each, pool, own)
+        return
     flat, starts = w.reshape(-1), range(0, w.size, _CHUNK)
     yield from pool.map(partial(_piece, kind, importance), starts, (flat[i : i + _CHUNK] for i in starts))
 

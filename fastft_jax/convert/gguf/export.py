@@ -18,6 +18,7 @@ from fastft_jax.convert.gguf.architectures import (
     add_hyperparameters,
     architecture_of,
     extra_tensors,
+    shape_there,
     tensor_name,
     to_llama_cpp,
 )
@@ -68,6 +69,7 @@ def save_gguf(
         config.num_attention_heads,
         config.num_key_value_heads,
         tied=not any(t.path == "lm_head.weight" for t in layout),
+        experts=config.experts.num_experts if config.experts else 0,
     )
     files = []
     for method in methods:
@@ -95,7 +97,8 @@ def file_stem(name: str) -> str:
 
 
 def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Tensor:
-    return Tensor(tensor_name(t.path, t.layer), t.shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
+    shape = shape_there(t.path, t.shape)
+    return Tensor(tensor_name(t.path, t.layer), shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
 
 
 def save_model_gguf(

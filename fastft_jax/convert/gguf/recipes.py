@@ -1,7 +1,8 @@
 """Which type each tensor gets: a file called q4_k_m mixes types, by llama.cpp's rules (llama-quant.cpp, MIT licence).
 
 A recipe's base type goes to every matrix; the tensors that lose most get a better one: the output head, the value
-projections and the feed-forward's way down, in some or all layers. Norms, biases and other vectors stay in F32.
+projections and the feed-forward's way down, in some or all layers. Norms, biases and other vectors stay in F32, and so
+do routers. A layer's experts are one tensor, of one type; models of 8 experts have rules of their own.
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Shape:
     heads: int
     kv_heads: int
     tied: bool
+    experts: int = 0
 
     @property
     def seventy_billion(self) -> bool:
@@ -59,7 +61,7 @@ def resolve_method(method: str) -> str:
 def tensor_type(method: str, name: str, shape: tuple[int, ...], model: Shape) -> str:
     """The GGUF type of the tensor called `name` (GGUF's name) of `shape` [.., columns] in a file of this method."""
     base, _ = METHODS[method]
-    if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
         return "F32"
     if base in ("F32", "F16", "BF16"):
         return base
@@ -81,10 +83,12 @@ def _mixed(method: str, base: str, name: str, columns: int, model: Shape) -> str
         return base
     _, number, part = name.removesuffix(".weight").split(".", 2)
     layer, layers = int(number), model.layers
+    if model.experts == 8 and part in ("attn_k", "attn_v", "attn_qkv"):  # Mixtral's are a small part of it
+        return "Q8_0"
     if part in ("attn_v", "attn_qkv"):
         kind = _values(method, base, layer, model)
         return "Q5_K" if model.seventy_billion and kind in ("Q3_K", "Q4_K") else kind
-    if part == "ffn_down":
+    if part in ("ffn_down", "ffn_down_exps", "ffn_down_shexp"):
         if method == "q3_k_m":
             return "Q5_K" if layer < layers // 16 else "Q4_K"
         if method in ("q4_k_m", "q5_k_m"):
@@ -92,6 +96,8 @@ def _mixed(method: str, base: str, name: str, columns: int, model: Shape) -> str
         if method == "q4_k_s":
             return "Q5_K" if layer < layers // 8 else base
         return {"q2_k": "Q3_K", "q3_k_l": "Q5_K"}.get(method, base)
+    if part == "attn_output" and model.experts == 8:
+        return "Q5_K" if method in ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m") else base
     if part == "attn_output":
         return {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}.get(method, base)
     return base

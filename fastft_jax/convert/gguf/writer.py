@@ -31,7 +31,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Float[np.ndarray, "..."]]
-    importance: Float[np.ndarray, "K"] | None = None
+    importance: Float[np.ndarray, "*E K"] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,14 @@ def _file(sizes: tuple[int, ...], **more: Any) -> dict[str, Any]:
     return dict(zip(_SIZES, sizes, strict=True)) | more
 
 
+_DEEPSEEK_YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+
 _EXAMPLES: dict[str, Example] = {
     "llama": Example(
         "Llama 1, 2, 3 to 3.3, TinyLlama, SmolLM2, Yi, Falcon 3, R1 distills",
@@ -241,6 +249,57 @@ _EXAMPLES: dict[str, Example] = {
             rope_theta=10000,
             use_qkv_bias=True,
             layer_norm_eps=1e-05,
+        ),
+    ),
+    "deepseek_v2": Example(
+        "DeepSeek-V2, V2-Lite, V2.5, Coder-V2",
+        "DeepSeek-V2",
+        _file(
+            (5120, 12288, 60, 128, 128, 102400, 163840),
+            hidden_act="silu",
+            rms_norm_eps=1e-06,
+            first_k_dense_replace=1,
+            kv_lora_rank=512,
+            moe_intermediate_size=1536,
+            n_group=8,
+            n_routed_experts=160,
+            n_shared_experts=2,
+            num_experts_per_tok=6,
+            q_lora_rank=1536,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            rope_scaling=_DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            rope_theta=10000,
+            routed_scaling_factor=16.0,
+            topk_group=3,
+            topk_method="group_limited_greedy",
+            v_head_dim=128,
+        ),
+    ),
+    "deepseek_v3": Example(
+        "DeepSeek-V3, V3.1, R1",
+        "DeepSeek-V3",
+        _file(
+            (7168, 18432, 61, 128, 128, 129280, 163840),
+            hidden_act="silu",
+            rms_norm_eps=1e-06,
+            first_k_dense_replace=3,
+            kv_lora_rank=512,
+            moe_intermediate_size=2048,
+            n_group=8,
+            n_routed_experts=256,
+            n_shared_experts=1,
+            norm_topk_prob=True,
+            num_experts_per_tok=8,
+            num_nextn_predict_layers=1,
+            q_lora_rank=1536,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            rope_scaling=_DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+            rope_theta=10000,
+            routed_scaling_factor=2.5,
+            topk_group=4,
+            v_head_dim=128,
         ),
     ),
     "mixtral": Example(

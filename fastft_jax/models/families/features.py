@@ -14,6 +14,7 @@ def features(config: DecoderConfig) -> list[str]:
     and the MLP."""
     c = config
     found = [_NORMS[c.norm] + (" with bias" if c.norm_bias else ""), _BLOCKS.get(c.block), _QK_NORMS.get(c.qk_norm)]
+    found.append(_latent(c))
     found += [_windows(c), None if c.attention_softcap is None else "attention softcap"]
     found.append("attention sinks" if c.attention_sinks else None)
     found += [_rope(rope) for rope in dict.fromkeys(c.ropes) if _rope(rope)]
@@ -43,8 +44,19 @@ def _experts(config: DecoderConfig) -> str | None:
     e = config.experts
     if e is None:
         return None
-    shared = "" if e.shared_intermediate_size is None else ", one shared"
-    return f"{e.top_k} of {e.num_experts} experts{shared}" + (" (sparsemixer)" if e.router == "sparsemixer" else "")
+    shared = "" if e.shared_intermediate_size is None else ", one shared" if e.shared_gate else ", shared ones"
+    groups = f" in {e.top_groups} of {e.groups} groups" if e.groups > 1 else ""
+    router = {"sparsemixer": " (sparsemixer)", "sigmoid": " (sigmoid scores, a bias in the choice)"}.get(e.router, "")
+    dense = f", from layer {len(e.dense_layers)} on" if e.dense_layers == (*range(len(e.dense_layers)),) != () else ""
+    return f"{e.top_k} of {e.num_experts} experts{groups}{router}{shared}{dense}"
+
+
+def _latent(config: DecoderConfig) -> str | None:
+    m = config.latent
+    if m is None:
+        return None
+    queries = "" if m.q_rank is None else f"queries from {m.q_rank}, "
+    return f"latent attention ({queries}keys and values from {m.kv_rank} numbers a token)"
 
 
 def _windows(config: DecoderConfig) -> str | None:

@@ -150,9 +150,9 @@ def attention(
             keep=keep,
         )
     if chosen == "triton":
-        return triton.attention(
-            q, k, v, scale=scale, window=window, softcap=softcap, segment_ids=q_segment_ids, sinks=sinks, keep=keep
-        )
+        options = dict(scale=scale, window=window, softcap=softcap, segment_ids=q_segment_ids, sinks=sinks, keep=keep)
+        kernels = triton.choose_kernels(q.shape[3], q.dtype, current_device()[1])
+        return triton.attention(q, k, v, kernels=kernels, **options)
     out = reference.attention(
         q,
         k,

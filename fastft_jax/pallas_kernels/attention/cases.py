@@ -12,13 +12,13 @@ from fastft_jax.pallas_kernels.case import Case
 FORWARD_FLOPS, TRAIN_FLOPS = 4, 14  # a visible pair and column of q; the backward pass repeats q k^T
 
 
-def _attend(implementation, options, packed, sinks, interpret, q, k, v, *rest):
+def _attend(implementation, options, packed, sinks, kernels, interpret, q, k, v, *rest):
     rest = list(rest)
     ids = rest.pop(0) if packed else None
     options = dict(options, sinks=rest.pop(0) if sinks else None)
     if implementation == "xla":
         return reference.attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, **options)
-    return triton.attention(q, k, v, segment_ids=ids, interpret=interpret, **options)
+    return triton.attention(q, k, v, segment_ids=ids, kernels=kernels, interpret=interpret, **options)
 
 
 def _train(attend, q, k, v, d_out, *rest):
@@ -54,14 +54,17 @@ def _cases(
     softcap: float | None = None,
     packed: bool = False,
     sinks: bool = False,
+    hopper: bool = False,
+    spills: int = 0,
 ) -> tuple[Case, Case]:
     options = dict(scale=width**-0.5, window=window, softcap=softcap)
     q, k = (jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16) for n in (heads, kv_heads))
     rest = (jax.ShapeDtypeStruct((batch, length), jnp.int32),) if packed else ()
     rest += (jax.ShapeDtypeStruct((heads,), jnp.float32),) if sinks else ()
     ids = _segments(batch, length) if packed else None
-    attend = functools.partial(_attend, "triton", options, packed, sinks)
-    exact = functools.partial(_attend, "xla", options, packed, sinks, None)
+    kernels = triton.HOPPER[width] if hopper else None
+    attend = functools.partial(_attend, "triton", options, packed, sinks, kernels)
+    exact = functools.partial(_attend, "xla", options, packed, sinks, None, None)
 
     def draw(args, seed):
         keys = jax.random.split(jax.random.key(seed), len(args))
@@ -72,6 +75,7 @@ def _cases(
 
     work = _pairs(ids, batch, length, window) * heads * width
     lse = batch * heads * length * 4
+    least = dict(min_compute_capability=(9, 0), spills=spills) if hopper else {}
     size = f"{name}/{batch}x{length}x{heads}x{kv_heads}x{width}"
     forward, train = (q, k, k, *rest), (q, k, k, q, *rest)
     return (
@@ -83,6 +87,7 @@ def _cases(
             bytes=2 * (2 * q.size + 2 * k.size) + lse,
             flops=FORWARD_FLOPS * work,
             draw=functools.partial(draw, forward),
+            **least,
         ),
         Case(
             name=f"attention/train/{size}",
@@ -92,11 +97,16 @@ def _cases(
             bytes=2 * (5 * q.size + 6 * k.size) + 2 * lse,
             flops=TRAIN_FLOPS * work,
             draw=functools.partial(draw, train),
+            **least,
         ),
     )
 
 
+# Without `hopper` as every other card compiles them, also where a Hopper card times them
 CASES: tuple[Case, ...] = (
+    *_cases("llama_hopper", 2, 4096, 32, 8, 128, hopper=True),
+    *_cases("gemma2_hopper", 2, 4096, 16, 8, 256, softcap=50.0, hopper=True, spills=256),
+    *_cases("gpt_oss_hopper", 2, 4096, 64, 8, 64, sinks=True, hopper=True),
     *_cases("llama", 2, 4096, 32, 8, 128),
     *_cases("llama_packed", 2, 4096, 32, 8, 128, packed=True),
     *_cases("gemma2_local", 2, 4096, 16, 8, 256, window=2048, softcap=50.0, packed=True),

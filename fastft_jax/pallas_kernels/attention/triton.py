@@ -28,10 +28,26 @@ class Kernels(NamedTuple):
     backward_kv: Blocks
 
 
-def choose_kernels(width: int, dtype: jax.typing.DTypeLike) -> Kernels:
-    """Tiles for a head of `width`: compiled for H200, A100 and L4 without spills in 16 bits, within an L4's 99 KB."""
+HOPPER = {
+    64: Kernels(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    128: Kernels(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
+    256: Kernels(Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
+}
+"""By the widest head, up to 192 KB: 1.8 to 3 times as fast there as the others (benchmarks/attention_tiles.jsonl). The
+last one of 256 spills 248 bytes a thread, and is 11% faster than the next."""
+
+
+def choose_kernels(
+    width: int, dtype: jax.typing.DTypeLike, compute_capability: tuple[int, int] | None = None
+) -> Kernels:
+    """Tiles for a head of `width`: compiled for H200, A100 and L4 without spills in 16 bits, within an L4's 99 KB.
+
+    On Hopper larger ones, of four warps for each 64 rows of a product, as its matrix units want them.
+    """
     if jnp.dtype(dtype).itemsize == 4:  # no tensor cores: operands are held in registers
         return Kernels(Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 16, 8, 1))
+    if compute_capability == (9, 0):
+        return next(HOPPER[most] for most in HOPPER if width <= most)
     if width <= 64:
         return Kernels(Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 2))
     if width <= 128:
@@ -79,7 +95,7 @@ def attention(
     """See `fastft_jax.pallas_kernels.attention.attention`; the problem must have passed `unsupported`.
 
     The tokens of one segment id stand together in their row, in any order of ids; NaN where they do not. bfloat16 and
-    float16 products accumulate in float32, float32 products are exact. `kernels`: other tiles than `choose_kernels`'s.
+    float16 products accumulate in float32, float32 products are exact. `kernels`: other tiles than those for any card.
     Raises ValueError for a scale or softcap that is not positive: the softmax's maximum is taken before scaling.
     """
     if scale <= 0 or (softcap is not None and softcap <= 0):
