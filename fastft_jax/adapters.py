@@ -13,6 +13,7 @@ from flax import nnx
 from fastft_jax.convert import peft, peft_experts, peft_targets
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.original_weights import OriginalWeights
+from fastft_jax.convert.peft_fused import fused, is_fused, split
 from fastft_jax.convert.peft_names import PREFIX
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import adapter_swap, lora, lora_ends, lora_starts, whole_modules
@@ -113,6 +114,13 @@ class Adapters:
             raise ConfigError(f"no adapter is called {adapter_name!r}; there are: {there}")
 
     def _add(self, name: str, config: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> None:
+        if is_fused(config, tensors):
+            if not self.names.fused_experts:
+                raise NotImplementedError(
+                    f"{folder}: the adapter uses target_parameters={config['target_parameters']} for experts that "
+                    f"{self.decoder.config.model_type} checkpoints do not hold in one tensor; that is not supported"
+                )
+            tensors = split(config, tensors, self.decoder.config.experts.num_experts)
         config = peft_experts.plain_config(config, tensors, self._linear_paths())
         self._attach(config, seed=0, init=True)
         self._code_base_anew(tensors)
@@ -294,7 +302,8 @@ class Adapters:
         for name, start in lora.start_tensors(self.decoder, self.names).items():  # [A; A0] and [B, -B0]
             parts = (start, 0) if name.endswith("lora_A.weight") else (-start, 1)
             tensors[name] = np.concatenate([tensors[name], np.asarray(parts[0])], axis=parts[1])
-        return {self._peft_name(name): value for name, value in tensors.items()} | self._other_tensors()
+        tensors = {self._peft_name(name): value for name, value in tensors.items()} | self._other_tensors()
+        return fused(tensors) if self.names.fused_experts else tensors
 
     def _saved_config(self) -> dict[str, Any]:
         """adapter_config.json for `_saved_tensors`: that of plain LoRA of twice the rank where a pair is subtracted."""

@@ -53,10 +53,10 @@ def random_weights(dtype: Any, load_in_4bit: bool = True, seed: int = 0) -> Load
         request = Request(path, shape, layers)
         stacked = shape if layers is None else (len(layers), *shape)
         keys = [f"{seed} {path} {layer}" for layer in layers or (None,)]
-        if len(shape) == 3:
+        if len(request.lead) == 2:
             keys = [f"{key} {expert}" for key in keys for expert in range(shape[0])]
         seeds = np.array([zlib.crc32(key.encode()) for key in keys], np.uint32)
-        if len(shape) == 1:  # small: made on the host, so that nothing is compiled for it
+        if len(request.tensor_shape) == 1:  # small: made on the host, so that nothing is compiled for it
             norm = path.endswith("norm.weight")
             values = np.ones(stacked) if norm else np.random.default_rng(seeds).normal(0, SCALE, stacked)
             return jax.device_put(values.astype(dtype))
@@ -64,7 +64,7 @@ def random_weights(dtype: Any, load_in_4bit: bool = True, seed: int = 0) -> Load
             # by the number of blocks alone, so that matrices of one size share a program
             blocks = nf4_blocks(seeds, -(-math.prod(request.tensor_shape) // BLOCK))
             return with_lead(NF4Array(*blocks, request.tensor_shape), request.lead)
-        flat = stacked if len(shape) == 2 else (len(seeds), *request.tensor_shape)
+        flat = stacked if layers is None else (len(seeds), *request.tensor_shape)
         return with_lead(normal(seeds, flat, dtype), request.lead)
 
     return load

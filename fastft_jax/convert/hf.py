@@ -19,6 +19,7 @@ from jaxtyping import Array
 from fastft_jax.convert import fp8_blocks
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
 from fastft_jax.convert.bitsandbytes_8bit import DecodedInt8, PackedInt8, int8_matrices
+from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.config import DecoderConfig
@@ -37,7 +38,7 @@ IN_FLOAT32 = ("mlp.router.e_score_correction_bias",)  # whatever the model's dty
 class Request:
     """One leaf of the decoder: where it is, the shape of one layer's tensor, which layers it stacks.
 
-    Three axes [E, N, K] are experts' matrices, each a tensor of its own in a checkpoint.
+    Of experts [E, N, K] and [E, N] each one's matrix and bias is a tensor of its own in a checkpoint.
     """
 
     path: str
@@ -56,18 +57,18 @@ class Request:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Of each of its tensors."""
-        return self.shape[-2:]
+        return self.shape if self.experts == (None,) else self.shape[1:]
 
     @property
     def lead(self) -> tuple[int, ...]:
         """How its tensors are stacked."""
-        return () if self.layers is None else (len(self.layers), *self.shape[:-2])
+        return () if self.layers is None else (len(self.layers), *self.shape[: -len(self.tensor_shape)])
 
     @property
     def quantisable(self) -> bool:
         """The linears inside layers; embeddings, head, norms and biases stay as they are (as bitsandbytes does), and so
         do routers."""
-        return self.layers is not None and len(self.shape) > 1 and not self.path.endswith(UNQUANTISED)
+        return self.layers is not None and len(self.tensor_shape) > 1 and not self.path.endswith(UNQUANTISED)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,6 +103,8 @@ def load_decoder(
     before any is read.
     """
     checkpoint = Checkpoint.open(source) if isinstance(source, str | Path) else source
+    if names.fused_experts:
+        checkpoint = FusedExperts(checkpoint)
     names = names.stored(lambda name: not checkpoint.missing([name]))
     requests = list(tensor_requests(config))
     matrices = [request for request in requests if request.quantisable]
@@ -134,7 +137,7 @@ def load_decoder(
             for kind in dict.fromkeys(
                 _kind(request, np.dtype(dtype) if name in scaled else checkpoint.info(name)[0], dtype, quantised)
                 for request in requests
-                if len(request.shape) > 1 and request.layers is not None
+                if len(request.tensor_shape) > 1 and request.layers is not None
                 for name in request.hf_names(names)
                 if name not in packed
             )
@@ -144,9 +147,10 @@ def load_decoder(
             request = Request(path, shape, layers)
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
-            if len(shape) == 1:
+            if len(request.tensor_shape) == 1:
                 held_in = dtype_of(path, dtype)
-                return jax.device_put(np.stack([ahead.next().astype(held_in) for _ in layers]))
+                rows = [ahead.next().astype(held_in) for _ in request.hf_names(names)]
+                return jax.device_put(np.stack(rows).reshape(len(layers), *shape))
             tensors = request.hf_names(names)
             here = [packed.get(name) for name in tensors]
             if any(here):

@@ -54,12 +54,21 @@ def refuse_to_replace(final: Path, *sources: Path | None) -> None:
 
 
 def copy_beside(folder: Path, source: Path) -> None:
-    """generation_config.json and a processor's settings, where the source has them."""
+    """generation_config.json, a processor's settings and a model's own code, where the source has them."""
     if not source.is_dir():
         warnings.warn(f"{source} is gone: generation_config.json is not copied from it", stacklevel=2)
-    for name in BESIDE:
+    for name in (*BESIDE, *_own_code(source)):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _own_code(source: Path) -> list[str]:
+    """The files that config.json's auto_map names ("modeling_x.XForCausalLM"), for transformers; never run here."""
+    path = source / "config.json"
+    named = json.loads(path.read_bytes()).get("auto_map") if path.is_file() else None
+    classes = [c for c in named.values() if isinstance(c, str)] if isinstance(named, dict) else []
+    modules = {c.rpartition(".")[0] for c in classes if "--" not in c}  # REPOSITORY--module.Class lies elsewhere
+    return sorted(f"{module}.py" for module in modules if module.isidentifier())
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any | None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder, sync_folder, write_bytes
 from fastft_jax.convert.peft_experts import is_per_expert
+from fastft_jax.convert.peft_fused import fused_module, is_fused
 from fastft_jax.convert.peft_names import TensorName, bias_name, current_names, lora_names, parse_name, saved_name
 from fastft_jax.convert.peft_targets import (
     ALL_LINEAR,
@@ -103,7 +104,7 @@ _HARMLESS = {
 # PEFT draws A and B so and leaves the base alone. The other kinds (pissa, olora, corda, loftq ...) rewrite the base
 # weights each time the adapter is loaded.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-_SAVEABLE = ("embed_tokens", "lm_head", "norm")
+_SAVEABLE = ("embed_tokens", "lm_head", "norm", "tok_embeddings", "output")
 
 
 def adapter_config(
@@ -243,7 +244,7 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, np.ndarr
     missing_features = [
         feature
         for feature in unsupported(config, names)
-        if not (feature.startswith("target_parameters") and is_per_expert(config, names))
+        if not (feature.startswith("target_parameters") and (is_per_expert(config, names) or is_fused(config, names)))
     ]
     if missing_features:
         raise NotImplementedError(f"{folder}: the adapter uses {', '.join(missing_features)}; that is not supported")
@@ -310,12 +311,14 @@ def _check_tensors(file: SafetensorsFile, names: Mapping[str, str], config: Mapp
     """Every name is PEFT's, every A has its B of the same rank, and that rank is the one that the config gives it."""
     if not file.tensors:
         raise CheckpointError(f"{file.path} holds no tensors")
-    shapes = {}
+    shapes, all_experts = {}, set()
     for name, stored in names.items():
         parsed = parse_name(name)
         if parsed is None:
             raise CheckpointError(f"{file.path}: {stored!r} is not a name that PEFT gives to a tensor of an adapter")
         shapes[parsed] = file.tensors[stored].shape
+        if fused_module(name):
+            all_experts.add(parsed.module)
     for module, kind in shapes:
         if not kind.startswith(("lora_A", "lora_B.weight", "lora_embedding_")):
             continue
@@ -336,6 +339,6 @@ def _check_tensors(file: SafetensorsFile, names: Mapping[str, str], config: Mapp
                 f"{file.path}: {module} has lora_A {list(a)} and lora_B {list(b)}, not [r, in], [out, r]"
             )
         rank = value_of(config["rank_pattern"], module, config["r"])
-        if a[0] != rank:
+        if a[0] % rank if module in all_experts else a[0] != rank:
             by = "its rank_pattern says" if rank != config["r"] else "the config says"
             raise CheckpointError(f"{file.path}: {module} has rank {a[0]}, {by} r={rank}")

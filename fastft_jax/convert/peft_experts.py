@@ -6,6 +6,9 @@ config names those in `target_parameters`, and what else is adapted in the feed-
 name like gate_proj in `target_modules` would make PEFT take all of them for experts. Gate and up projection are one
 parameter to PEFT, with the pairs of both side by side: twice the rank and, so that the scaling is the same, twice alpha
 (times sqrt(2) with rsLoRA). Inside this package such an adapter is one with plain target_modules.
+
+Where checkpoints themselves hold both in one parameter (gate_up_proj), there is one pair for both, in the layout of
+peft_fused.py, and a rank and alpha as everywhere.
 """
 
 import math
@@ -21,7 +24,8 @@ from fastft_jax.errors import ConfigError
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 PATTERN = r".*\.experts\.gate_up_proj"  # of rank_pattern and alpha_pattern
 _EXPERT = re.compile(r"(?P<layer>.*\.)(?:mlp|block_sparse_moe)\.experts\.\d+\.(?P<leaf>\w+)")
-_GATE_OR_UP = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
+_GATE, _UP = {"gate"}, {"up"}
+_KINDS = {"gate_proj": _GATE, "w1": _GATE, "up_proj": _UP, "w3": _UP, "gate_up_proj": _GATE | _UP}
 
 
 def has_experts(module_paths: Collection[str]) -> bool:
@@ -49,7 +53,7 @@ def check_expert_targets(adapted: Collection[str], module_paths: Collection[str]
             "leave the experts out of target_modules"
         )
     for layer, kinds in _kinds_by_layer(adapted).items():
-        if kinds != {"gate", "up", "down"}:
+        if kinds != {"gate", "up", "down"} and not _gate_up_is_one(module_paths):
             given = " and ".join(sorted(kinds))
             raise ConfigError(
                 f"target_modules: the experts of {layer.rstrip('.')} would have LoRA on their {given} projections "
@@ -87,19 +91,21 @@ def written_config(config: Mapping[str, Any], adapted: Collection[str], module_p
     if not has_experts(adapted):
         return dict(config)
     check_expert_targets(adapted, module_paths, 0.0)
-    layers = _kinds_by_layer(adapted)
-    everywhere = layers.keys() == _kinds_by_layer(module_paths).keys()
-    where = ("",) if everywhere else [f"{layer}mlp." for layer in layers]
-    parameters = [f"{prefix}{parameter}" for parameter in (GATE_UP, DOWN) for prefix in where]
+    parameters, layers = _parameters(adapted), _kinds_by_layer(module_paths)
+    used = {parameter for _, parameter in parameters}
+    if parameters == {(layer, parameter) for layer in layers for parameter in used}:
+        parameters = {("", parameter) for parameter in used}
     others = [path for path in adapted if not _EXPERT.fullmatch(path)]
     beside = [path for path in others if ".mlp." in path]
     modules = [path for path in others if ".mlp." not in path]
-    factor = _alpha_factor(config)
-    out = dict(config) | {
-        "rank_pattern": config["rank_pattern"] | {PATTERN: 2 * config["r"]},
-        "alpha_pattern": config["alpha_pattern"] | {PATTERN: factor * config["lora_alpha"]},
+    out = dict(config)
+    if not _gate_up_is_one(module_paths):
+        out["rank_pattern"] = config["rank_pattern"] | {PATTERN: 2 * config["r"]}
+        out["alpha_pattern"] = config["alpha_pattern"] | {PATTERN: _alpha_factor(config) * config["lora_alpha"]}
+    out |= {
         "target_modules": condense_targets(modules, module_paths),
-        "target_parameters": sorted(parameters) + sorted(f"{path}.weight" for path in beside),
+        "target_parameters": sorted(f"{layer and layer + 'mlp.'}{parameter}" for layer, parameter in parameters)
+        + sorted(f"{path}.weight" for path in beside),
         "layers_to_transform": None,  # the lists say it; PEFT would not apply it to parameters
         "layers_pattern": None,
         "exclude_modules": None,
@@ -118,9 +124,11 @@ def plain_config(config: Mapping[str, Any], tensors: Collection[str], module_pat
         return dict(config)
     parsed = [parse_name(name) for name in tensors]
     adapted = {name.module for name in parsed if name and name.kind == "lora_A.weight"}
-    rank, alpha = 2 * config["r"], _alpha_factor(config) * config["lora_alpha"]
-    ranks = {k: v for k, v in config["rank_pattern"].items() if k != PATTERN or v != rank}
-    alphas = {k: v for k, v in config["alpha_pattern"].items() if k != PATTERN or not math.isclose(v, alpha)}
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+    if not _gate_up_is_one(module_paths):
+        rank, alpha = 2 * config["r"], _alpha_factor(config) * config["lora_alpha"]
+        ranks = {k: v for k, v in ranks.items() if k != PATTERN or v != rank}
+        alphas = {k: v for k, v in alphas.items() if k != PATTERN or not math.isclose(v, alpha)}
     return dict(config) | {
         "target_modules": condense_targets(adapted, module_paths),
         "target_parameters": None,
@@ -139,8 +147,20 @@ def _kinds_by_layer(paths: Collection[str]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in paths:
         if match := _EXPERT.fullmatch(path):
-            found.setdefault(match["layer"], set()).add(_GATE_OR_UP.get(match["leaf"], "down"))
+            found.setdefault(match["layer"], set()).update(_KINDS.get(match["leaf"], {"down"}))
     return found
+
+
+def _parameters(adapted: Collection[str]) -> set[tuple[str, str]]:
+    """(layer, parameter) of what is adapted, as PEFT sees it."""
+    pairs = ((GATE_UP, "gate"), (DOWN, "down"))
+    layers = _kinds_by_layer(adapted).items()
+    return {(layer, parameter) for layer, kinds in layers for parameter, kind in pairs if kind in kinds}
+
+
+def _gate_up_is_one(module_paths: Collection[str]) -> bool:
+    matches = map(_EXPERT.fullmatch, module_paths)
+    return any(match["leaf"] == "gate_up_proj" for match in matches if match)
 
 
 def _counts(paths: Collection[str]) -> Counter[tuple[str, str]]:

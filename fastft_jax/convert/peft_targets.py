@@ -12,7 +12,7 @@ from typing import Any
 from fastft_jax.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-_OUTPUT_HEAD = "lm_head"
+_OUTPUT_HEADS = ("lm_head", "output")  # InternLM2 calls it output
 
 
 def match_targets(
@@ -57,7 +57,7 @@ def match_targets(
     ]
     if isinstance(target_modules, str):
         if target_modules.lower() == ALL_LINEAR:
-            found = [path for path in kept if path.rpartition(".")[2] != _OUTPUT_HEAD]
+            found = [path for path in kept if path.rpartition(".")[2] not in _OUTPUT_HEADS]
         else:
             found = [path for path in kept if _fullmatch(target_modules, path, "target_modules")]
     else:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
+from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.hf import Request, dtype_of, read_config
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.models.attention import Sequence
@@ -30,6 +31,7 @@ def folder_logits(
     """float32 logits of the model in `folder`, computed in `dtype`; mask is 0 for padding."""
     checkpoint = Checkpoint.open(folder)
     config, names = config_from_hf(read_config(folder))
+    checkpoint = FusedExperts(checkpoint) if names.fused_experts else checkpoint
     names = names.stored(checkpoint.__contains__)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):

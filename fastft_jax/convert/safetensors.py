@@ -46,9 +46,12 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in a new array of its own. Safe to call from several threads."""
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """The tensor, or `tensor[row]` alone, in a new array of its own. Safe to call from several threads."""
         info = self.tensors[name]
+        if row is not None:
+            size = (info.stop - info.start) // info.shape[0]
+            info = TensorInfo(info.dtype, info.shape[1:], info.start + row * size, info.start + (row + 1) * size)
         array = np.empty(info.shape, info.dtype)
         raw = memoryview(array.reshape(-1).view(np.uint8))
         try:
@@ -129,9 +132,9 @@ class Checkpoint:
         info = self._file(name).tensors[name]
         return info.dtype, info.shape
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in a new array of its own. Safe to call from several threads."""
-        return self._file(name).read(name)
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """The tensor, or `tensor[row]` alone, in a new array of its own. Safe to call from several threads."""
+        return self._file(name).read(name, row)
 
     def path_of(self, name: str) -> Path:
         """The file that holds the tensor (for messages)."""

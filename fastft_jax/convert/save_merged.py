@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 
 from fastft_jax.convert.atomic import atomic_folder, check_free_space, write_bytes
+from fastft_jax.convert.fused_entries import fused_entries
+from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, entries_beside, layout
 from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config, unpacked_modules
@@ -84,10 +86,14 @@ def save_merged(
     rows = _check_rows(rows, model.decoder.config.vocab_size)
     source = Path(model.base_folder)
     original = None if base is None else _original(model, base, token)
+    if original is not None and model.names.fused_experts:
+        original = FusedExperts(original)
     weights = Weights(model.decoder, model.names, original)
     names, beside = _names_and_rest(source, model.names)
     plan = entries_16bit if save_method == "merged_16bit" else entries_4bit
     entries = {**plan(weights, names, DTYPES[name]), **beside}
+    if names.fused_experts:
+        entries = fused_entries(entries)
     total = sum(nbytes(*entry) for entry in layout(entries).values())
     final = Path(folder).expanduser().absolute()
     refuse_to_replace(final, source, model.adapter_path, None if original is None else original.folder)

@@ -84,6 +84,7 @@ def _attention(c: DecoderConfig, card: Card, *, packed: bool) -> Active:
         kv_shape=(ROWS, TOKENS, c.num_key_value_heads, c.head_dim),
         dtype=jnp.bfloat16,
         softcap=c.attention_softcap,
+        sinks=c.attention_sinks,
         packed=packed,
         max_segments=DOCUMENTS if packed else None,
         platform=card.platform,
@@ -146,5 +147,6 @@ def _fp8(c: DecoderConfig, card: Card) -> Active:
         return Active("emulated", ("fp8 products need an NVIDIA GPU",))
     if card.capability is None or card.capability < FP8_CAPABILITY:
         return Active("no", ("fp8 needs compute capability 8.9",))
-    fused = c.norm != "layer" and c.gated_mlp and not c.fused_projections and not c.mlp_bias and c.block != "post"
+    fused = c.norm != "layer" and c.gated_mlp and not c.mlp_bias and c.block != "post"
+    fused = fused and not (c.fused_projections or c.fused_gate_up)
     return Active("yes", () if fused and c.block != "parallel" else ("the MLP is not one fused operation",))

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.config import DecoderConfig, LayerKind
-from fastft_jax.models.layers import LayerNorm, Linear, RMSNorm, project_normed
+from fastft_jax.models.layers import Frozen, LayerNorm, Linear, RMSNorm, project_normed
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.pallas_kernels.attention import attention
 from fastft_jax.pallas_kernels.rope import rope_qkv
@@ -37,13 +37,14 @@ class KVCache(NamedTuple):
 class Attention(nnx.Module):
     """`softmax(scale q k^T) v`, causal, with rotary positions; optional RMSNorm of q and k, per head or of all at once.
 
-    Source: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries).
+    sinks [L, N], where there are some, are logits in the softmax's denominator only; frozen.
+    Sources: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries); Xiao et al. 2023, arXiv:2309.17453 (sinks).
     """
 
     def __init__(self, config: DecoderConfig, load, kind: LayerKind):
         c = config
         n, k, d = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
-        self.fused = c.fused_projections
+        self.fused, self.grouped = c.fused_projections or c.grouped_qkv, c.grouped_qkv
         if self.fused:
             self.qkv_proj = load.linear("self_attn.qkv_proj", n + 2 * k, d, c.qkv_bias)
         else:
@@ -51,6 +52,8 @@ class Attention(nnx.Module):
             self.k_proj = load.linear("self_attn.k_proj", k, d, c.qkv_bias)
             self.v_proj = load.linear("self_attn.v_proj", k, d, c.qkv_bias)
         self.o_proj = load.linear("self_attn.o_proj", d, n, c.o_bias)
+        sinks = Frozen(load("self_attn.sinks", (c.num_attention_heads,))) if c.attention_sinks else None
+        self.sinks = nnx.data(sinks)
 
         def qk_norm(name: str, width: int) -> RMSNorm | None:
             if c.qk_norm is None:
@@ -82,6 +85,8 @@ class Attention(nnx.Module):
         drop = (None,) * 4 if keys is None else keys
         linears = self._projections
         qkv, x = project_normed(norm, linears, x, keep, drop[: len(linears)])
+        if self.grouped:
+            qkv = self._ungrouped(qkv)
         if self.qk_norm == "projection":
             qkv = self._norm_whole(qkv)
         if self.interleaved:
@@ -117,9 +122,17 @@ class Attention(nnx.Module):
             q_offset=seq.q_offset,
             max_segments=seq.max_segments,
             max_document_length=seq.max_document_length,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
             keep=keep,
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1), keep, drop[3]), x, cache
+
+    def _ungrouped(self, qkv: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+        """[K, N / K + 2, H], of each key head its queries, it and its value -> all queries, all keys, all values."""
+        queries = self.num_heads // self.num_kv_heads
+        groups = qkv.reshape(*qkv.shape[:2], self.num_kv_heads, queries + 2, self.head_dim)
+        parts = jnp.split(groups, (queries, queries + 1), axis=3)
+        return jnp.concatenate([part.reshape(*qkv.shape[:2], -1) for part in parts], axis=-1)
 
     def _norm_whole(self, qkv: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
         """RMSNorm over all query heads at once, and over all key heads."""

@@ -60,6 +60,7 @@ class ExpertsConfig:
     float32_logits: bool = False  # the router's; else they are rounded to the compute dtype
     router_epsilon: float = 0.0  # of "sparsemixer": how far from the best score another one may be
     shared_intermediate_size: int | None = None
+    bias: bool = False  # of the experts' linears, and of the router
     dense_layers: tuple[int, ...] = ()  # those with a plain feed-forward layer instead
     aux_loss_coef: float | None = None  # of the load-balancing loss; None: it is not added
 
@@ -111,14 +112,17 @@ class DecoderConfig:
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # rms_plus_one: the factor is 1 + w, in float32
     norm_bias: bool = False  # of norm "layer"
     block: Literal["pre", "post", "sandwich", "parallel"] = "pre"  # where the norms stand: see DecoderLayer
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu", "clamped_silu"] = "silu"
     gated_mlp: bool = True  # without a gate: down(act(up(x)))
     head_bias: bool = False
     fused_projections: bool = False  # one linear for q, k and v, and one for gate and up
+    grouped_qkv: bool = False  # one linear for q, k and v: of each key head its queries, then it, then its value
+    fused_gate_up: bool = False  # one linear for gate and up, in experts, too
     embedding_scale: float | None = None  # rounded to the compute dtype, then multiplied
     residual_multiplier: float = 1.0  # of what a block adds to the residual stream
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float | None = None
+    attention_sinks: bool = False  # a learned logit a head, in the softmax's denominator only
     final_softcap: float | None = None
     logit_scale: float = 1.0
     rope_interleaved: bool = False  # rotation pairs even and odd elements, not the two halves

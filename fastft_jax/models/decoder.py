@@ -44,8 +44,9 @@ class Loader(NamedTuple):
     def linear(self, path: str, n: int, k: int, bias: bool) -> Linear:
         return Linear(self(f"{path}.weight", (n, k)), self(f"{path}.bias", (n,)) if bias else None)
 
-    def experts(self, path: str, e: int, n: int, k: int) -> ExpertLinear:
-        return ExpertLinear(self(f"{path}.weight", (e, n, k)), e)
+    def experts(self, path: str, e: int, n: int, k: int, bias: bool = False) -> ExpertLinear:
+        weight = self(f"{path}.weight", (e, n, k))
+        return ExpertLinear(weight, e, self(f"{path}.bias", (e, n)) if bias else None)
 
 
 class DecoderLayer(nnx.Module):

@@ -87,12 +87,12 @@ class Linear(nnx.Module):
 class ExpertLinear(Linear):
     """E linears side by side, `y[m] = x[m] W_e^T + scaling (x[m] A_e^T) B_e^T` for the rows m of expert e.
 
-    weight [L, E, N, K]; lora_A [r, E, R, K] and lora_B [r, E, N, R]; no bias and no dropout. Called through
-    `project_experts`.
+    weight [L, E, N, K]; lora_A [r, E, R, K] and lora_B [r, E, N, R]; no dropout. Called through `project_experts`,
+    which leaves the bias [L, E, N], if there is one, to the caller.
     """
 
-    def __init__(self, weight, num_experts: int):
-        super().__init__(weight)
+    def __init__(self, weight, num_experts: int, bias=None):
+        super().__init__(weight, bias)
         self.num_experts = num_experts
 
 

@@ -157,12 +157,16 @@ def _draw_each(draw: Callable, keys: Array, shapes: Sequence[tuple[int, ...]]) -
 def train_biases(decoder: Decoder, bias: str, originals: Originals) -> None:
     """`bias="all"`: every bias of the layers trains; "lora_only": those of adapted linears. float32 from here on.
 
-    NotImplementedError for "all" where norms have biases: PEFT would train those, too.
+    NotImplementedError for "all" where norms or experts have biases: PEFT would train those, too.
     """
-    if bias == "all" and decoder.config.norm_bias:
-        raise NotImplementedError('bias="all" is not built yet for models whose norms have biases')
+    experts = decoder.config.experts
+    for what, has in (("norms", decoder.config.norm_bias), ("experts", experts is not None and experts.bias)):
+        if bias == "all" and has:
+            raise NotImplementedError(f'bias="all" is not built yet for models whose {what} have biases')
     for path, linear in nnx.iter_modules(decoder.segments):
-        if not isinstance(linear, Linear) or linear.bias is None or (bias == "lora_only" and not linear.adapted):
+        if not isinstance(linear, Linear) or isinstance(linear, ExpertLinear) or linear.bias is None:
+            continue
+        if bias == "lora_only" and not linear.adapted:
             continue
         rows = linear.adapted_rows if bias == "lora_only" else None
         values = linear.bias.get_value().astype(jnp.float32)

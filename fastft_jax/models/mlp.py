@@ -22,13 +22,13 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, load, path: str = "mlp", width: int | None = None):
         d, f, bias = config.hidden_size, width or config.intermediate_size, config.mlp_bias
-        if config.fused_projections:
+        self.fused, self.activation = config.fused_projections or config.fused_gate_up, config.activation
+        if self.fused:
             self.gate_up_proj = load.linear(f"{path}.gate_up_proj", 2 * f, d, bias)
         else:
             self.gate_proj = load.linear(f"{path}.gate_proj", f, d, bias)
             self.up_proj = load.linear(f"{path}.up_proj", f, d, bias)
         self.down_proj = load.linear(f"{path}.down_proj", d, f, bias)
-        self.fused, self.activation = config.fused_projections, config.activation
 
     def __call__(
         self, x: Slot, norm: RMSNorm | LayerNorm | None, keep: Keep, keys: Array | None = None

@@ -61,13 +61,20 @@ collect.defvjp(
 
 
 class Experts(nnx.Module):
-    """E gated feed-forward layers, `down_e(act(gate_e(x)) * up_e(x))`; weights [L, E, F, D] and [L, E, D, F]."""
+    """E gated feed-forward layers, `down_e(act(gate_e(x)) * up_e(x))`; weights [L, E, F, D] and [L, E, D, F].
+
+    Gate and up may be one linear, [L, E, 2F, D]. Biases are [L, E, N], and frozen.
+    """
 
     def __init__(self, config: DecoderConfig, load):
         e, f, d = config.experts.num_experts, config.experts.intermediate_size, config.hidden_size
-        self.gate_proj = load.experts("mlp.experts.gate_proj", e, f, d)
-        self.up_proj = load.experts("mlp.experts.up_proj", e, f, d)
-        self.down_proj = load.experts("mlp.experts.down_proj", e, d, f)
+        bias, self.fused = config.experts.bias, config.fused_gate_up
+        if self.fused:
+            self.gate_up_proj = load.experts("mlp.experts.gate_up_proj", e, 2 * f, d, bias)
+        else:
+            self.gate_proj = load.experts("mlp.experts.gate_proj", e, f, d, bias)
+            self.up_proj = load.experts("mlp.experts.up_proj", e, f, d, bias)
+        self.down_proj = load.experts("mlp.experts.down_proj", e, d, f, bias)
         self.activation = config.activation
 
     def __call__(
@@ -76,32 +83,43 @@ class Experts(nnx.Module):
         """`sum_j weights[m, j] expert_{experts[m, j]}(x[m])`."""
         k = experts.shape[1]
         order, place, sizes = sort_by_expert(experts, self.down_proj.num_experts)
-        rows = spread(k, x, order, place)
-        gate_up = keep("gate_up", project_experts((self.gate_proj, self.up_proj), rows, sizes, keep))
-        act = glu(gate_up, activation=self.activation)
+        rows, expert = spread(k, x, order, place), experts.reshape(-1)[order]
+        linears = (self.gate_up_proj,) if self.fused else (self.gate_proj, self.up_proj)
+        gate_up = project_experts(linears, rows, sizes, keep)
+        if linears[0].bias is not None:
+            gate_up = gate_up + jnp.concatenate([m.bias.get_value() for m in linears], axis=1)[expert].astype(x.dtype)
+        act = glu(keep("gate_up", gate_up), activation=self.activation)
         # Weighted before the last product and not behind it: its result is then not needed for the weights' gradient.
-        act = (act.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(act.dtype)
-        return collect(k, project_experts((self.down_proj,), act, sizes, keep), order, place)
+        weight = weights.reshape(-1)[order][:, None]
+        act = (act.astype(jnp.float32) * weight).astype(act.dtype)
+        out = project_experts((self.down_proj,), act, sizes, keep)
+        if self.down_proj.bias is not None:
+            out = out + (self.down_proj.bias.get_value()[expert].astype(jnp.float32) * weight).astype(out.dtype)
+        return collect(k, out, order, place)
 
 
 class Router(nnx.Module):
-    """`x W^T`, in float32 if so configured; weight [L, N, D] stays in 16 or 32 bits and takes no adapter: it trains in
-    full fine-tuning alone.
+    """`x W^T + b`, in float32 if so configured; weight [L, N, D] and bias [L, N], if there is one, stay in 16 or 32
+    bits and take no adapter: the weight trains in full fine-tuning alone.
 
     e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`, and never trained.
     """
 
-    def __init__(self, weight, float32: bool = False, e_score_correction_bias=None):
+    def __init__(self, weight, bias=None, float32: bool = False, e_score_correction_bias=None):
         self.weight = Frozen(weight)
         correction = e_score_correction_bias
-        self.e_score_correction_bias = nnx.data(None if correction is None else Frozen(correction))
+        self.bias, self.e_score_correction_bias = (
+            nnx.data(None if value is None else Frozen(value)) for value in (bias, correction)
+        )
         self.float32 = float32
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M N"]:
         weight, dtype = self.weight.get_value(), jnp.float32 if self.float32 else x.dtype
         if isinstance(self.weight, nnx.Param):
-            return trained_linear(x.astype(dtype), [weight])
-        return contract(x, weight.astype(x.dtype), 1, 1, dtype)
+            logits = trained_linear(x.astype(dtype), [weight])
+        else:
+            logits = contract(x, weight.astype(x.dtype), 1, 1, dtype)
+        return logits if self.bias is None else logits + self.bias.get_value().astype(dtype)
 
     @property
     def correction(self) -> Float[Array, "N"] | None:
@@ -115,10 +133,12 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
-        weight, correction = load("mlp.router.weight", (c.num_experts, d)), None
+        weight, bias, correction = load("mlp.router.weight", (c.num_experts, d)), None, None
+        if c.bias:
+            bias = load("mlp.router.bias", (c.num_experts,))
         if c.router == "sigmoid":
             correction = load("mlp.router.e_score_correction_bias", (c.num_experts,))
-        self.router = Router(weight, c.float32_logits, correction)
+        self.router = Router(weight, bias, c.float32_logits, correction)
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:

@@ -140,7 +140,7 @@ def test_geometries_are_supported_models_of_their_size(name):
     layers = c.num_hidden_layers * (attention + mlps * 3 * c.hidden_size * c.intermediate_size)
     total = layers + c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     billions = {"llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "llama-3.1-70b": 70.55, "mistral-7b": 7.24}
-    billions |= {"qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "mixtral-8x7b": 46.70}
+    billions |= {"qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "mixtral-8x7b": 46.70, "gpt-oss-20b": 20.91}
     assert total / 1e9 == pytest.approx(billions[name], rel=1e-3)
 
 

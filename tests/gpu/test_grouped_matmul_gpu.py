@@ -1,4 +1,4 @@
-"""The grouped products' kernels on a real card, at the sizes of their cases, and a Mixtral's step with them."""
+"""The grouped products' kernels on a real card, at the sizes of their cases, and a Mixtral's and a GPT-OSS's step."""
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,13 @@ def test_kernels_equal_the_reference_on_the_same_numbers(case):
     assert np.abs(ours - wanted).max() < 2**-7 * np.abs(wanted).max()
 
 
-def test_a_step_over_experts_has_the_gradients_of_the_plain_references():
-    config = {
-        "model_type": "mixtral",
+@pytest.mark.parametrize(
+    "own",
+    [{"model_type": "mixtral"}, {"model_type": "gpt_oss", "sliding_window": 100, "num_experts_per_tok": 2}],
+    ids=lambda own: own["model_type"],
+)
+def test_a_step_over_experts_has_the_gradients_of_the_plain_references(own):
+    config = own | {
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_hidden_layers": 2,

@@ -168,6 +168,64 @@ def cohere(d, f, layers, heads, kv, theta, model_type="cohere", **more):
     return layer_norm(published(model_type, d, f, layers, heads, kv, 256000, 8192, **more))
 
 
+def gpt_oss(layers, experts):
+    rope = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False}
+    own = {
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "initial_context_length": 4096,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "num_experts_per_tok": 4,
+        "num_local_experts": experts,
+        "output_router_logits": False,
+        "quantization_config": {
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"],
+            "quant_method": "mxfp4",
+        },
+        "rope_scaling": rope | {"original_max_position_embeddings": 4096},
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+    }
+    return published("gpt_oss", 2880, 2880, layers, 64, 8, 201088, 131072, **own)
+
+
+def internlm2(d, f, layers, heads):
+    own = {"attn_implementation": "eager", "auto_map": {"AutoConfig": "configuration_internlm2.py"}, "bias": False}
+    rope = {"rope_scaling": {"factor": 2.0, "type": "dynamic"}, "rope_theta": 1000000}
+    return published("internlm2", d, f, layers, heads, 8, 92544, 32768, **own, **rope)
+
+
+INTERNLM3 = {
+    "bias": False,
+    "head_dim": 128,
+    "qkv_bias": False,
+    "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+    "rope_theta": 50000000,
+}
+GRANITE4 = {
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12,
+    "init_method": "mup",
+    "layer_types": ["attention"] * 40,
+    "logits_scaling": 10,
+    **{"mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 256},
+    **{"mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": False},
+    "normalization_function": "rmsnorm",
+    "num_experts_per_tok": 0,
+    "num_local_experts": 0,
+    "position_embedding_type": "rope",
+    "residual_multiplier": 0.22,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.01,
+    "shared_intermediate_size": 8192,
+    "tie_word_embeddings": True,
+}
+
+
 def mixtral(d, f, layers, heads, vocab, longest, **more):
     off = {"output_router_logits": False, "sliding_window": None, "attention_dropout": 0.0}
     experts = {"num_experts_per_tok": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.02}
@@ -408,6 +466,18 @@ RELEASED = {
     "Qwen3-235B-A22B": (
         qwen_moe("qwen3_moe", 4096, 12288, 1536, 94, 64, 4, 128, 8, head_dim=128, norm_topk_prob=True, **QWEN3_MOE),
         235_093_634_560,
+    ),
+    "gpt-oss-20b": (gpt_oss(24, 32), 20_914_757_184),
+    "gpt-oss-120b": (gpt_oss(36, 128), 116_829_156_672),
+    "internlm2-7b": (internlm2(4096, 14336, 32, 32), 7_737_708_544),
+    "internlm2-20b": (internlm2(6144, 16384, 48, 48), 19_861_149_696),
+    "internlm3-8b-instruct": (
+        published("internlm3", 4096, 10240, 48, 32, 2, 128512, 32768, **INTERNLM3),
+        8_804_241_408,
+    ),
+    "granite-4.0-micro": (
+        published("granitemoehybrid", 2560, 8192, 40, 40, 8, 100352, 131072, **GRANITE4),
+        3_402_836_480,
     ),
     "Phi-3.5-MoE-instruct": (published("phimoe", 4096, 6400, 32, 32, 8, 32064, 131072, **PHI_35_MOE), 41_873_153_344),
 }

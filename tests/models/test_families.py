@@ -91,6 +91,13 @@ def test_what_a_released_config_switches_on_is_on():
     assert (v2.experts.groups, v2.experts.top_groups, v2.experts.scaling, lite.experts.groups) == (8, 3, 16.0, 1)
     assert (v3.experts.router, v3.experts.normalise, v3.experts.scaling, v3.unread_layers) == ("sigmoid", True, 2.5, 1)
     assert v3.experts.dense_layers == (0, 1, 2) and [len(s[0]) for s in v3.segments] == [3, 58]
+    gpt_oss, granite4 = config("gpt-oss-120b"), config("granite-4.0-micro")
+    assert gpt_oss.layer_windows == (128, None) * 18 and len(gpt_oss.segments) == 1 and gpt_oss.attention_sinks
+    assert (gpt_oss.rope.rope_type, gpt_oss.rope.truncate, gpt_oss.activation) == ("yarn", False, "clamped_silu")
+    assert (gpt_oss.experts.top_k, gpt_oss.experts.bias, gpt_oss.experts.aux_loss_coef) == (4, True, None)
+    assert (granite4.fused_gate_up, granite4.attention_scale, granite4.logit_scale) == (True, 1 / 64, 0.1)
+    assert config("internlm2-20b").grouped_qkv and not config("internlm2-20b").qkv_bias
+    assert config("internlm3-8b-instruct").rope.factor == 6.0
     phimoe = config("Phi-3.5-MoE-instruct")
     assert (phimoe.experts.router, phimoe.experts.router_epsilon, phimoe.head_bias) == ("sparsemixer", 0.01, True)
     assert phimoe.rope.attention_factor == 1.243163121016122 and phimoe.norm_bias and phimoe.o_bias
@@ -198,6 +205,7 @@ def test_regular_patterns_are_one_segment():
     assert [len(s[0]) for s in plan_segments((None,) * 28 + (8,) * 4)] == [28, 4]
 
 
+GRANITE_4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "position_embedding_type": "rope"}
 GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
 
 
@@ -256,6 +264,11 @@ GOOD = published("llama", 64, 96, 2, 4, 2, 160, 64)
         ({"model_type": "phi3", "attention_bias": True}, ["attention_bias=True"]),
         ({"model_type": "cohere", "use_qk_norm": True}, ["use_qk_norm=True"]),
         ({"model_type": "stablelm", "qk_layernorm": True}, ["qk_layernorm=True"]),
+        ({"model_type": "granitemoehybrid"}, ["num_local_experts=8", "supported: 0"]),
+        (GRANITE_4 | {"layer_types": ["mamba", "attention"]}, ["'mamba' in layer_types", "granitemoehybrid"]),
+        (GRANITE_4 | {"layers_block_type": ["linear_attention"] * 2}, ["'linear_attention' in layers_block_type"]),
+        (GRANITE_4, ["'mamba' in layer_types"]),  # transformers' default
+        (GRANITE_4 | {"layer_types": ["attention"] * 2, "position_embedding_type": None}, ["position_embedding_type"]),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, ["no_rope_layers has 1 entries for 2 layers"]),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",

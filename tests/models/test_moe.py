@@ -98,7 +98,7 @@ def test_transformers_computes_the_merged_models_logits(case, tmp_path):
 
 def one_by_one(fused: dict[str, np.ndarray], model) -> dict[str, np.ndarray]:
     """PEFT's gradients by our names: its fused pairs taken apart, as formats have them. A [E R', K] in rows e R' + k,
-    B [N, R' E] in columns k E + e; gate and up side by side, R' = 2 R."""
+    B [N, R' E] in columns k E + e; gate and up side by side, R' = 2 R, but for GPT-OSS."""
     out = {name: value for name, value in fused.items() if ".experts." not in name}
     e = model.decoder.config.experts.num_experts
     for site in lora.sites(model.decoder, model.names):
@@ -110,7 +110,12 @@ def one_by_one(fused: dict[str, np.ndarray], model) -> dict[str, np.ndarray]:
         a, b = (fused[f"model.layers.{layer}.mlp.{leaf}.lora_{half}.weight"] for half in "AB")
         a, b = a.reshape(e, -1, a.shape[1])[site.expert], b.reshape(b.shape[0], -1, e)[:, :, site.expert]
         half = b.shape[0] // 2
-        a, b = {"down_proj": (a, b), "gate_proj": (a[:R], b[:half, :R]), "up_proj": (a[R:], b[half:, R:])}[kind]
+        a, b = {
+            "down_proj": (a, b),
+            "gate_proj": (a[:R], b[:half, :R]),
+            "up_proj": (a[R:], b[half:, R:]),
+            "gate_up_proj": (a, np.concatenate([b[::2], b[1::2]])),  # GPT-OSS: one pair, rows in turns
+        }[kind]
         out[f"{site.hf_path}.lora_A.weight"], out[f"{site.hf_path}.lora_B.weight"] = a, b
     return out
 

@@ -17,7 +17,7 @@ from fastft_jax.trainers.step import LossOptions, gradients
 # float32 on both sides: what is left is the order of sums, a few 1e-6 at logits of size 5; the project's bound is 1e-4
 TOLERANCE = 1e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
-TARGETS += ["dense", "fc1", "fc2"]
+TARGETS += ["dense", "fc1", "fc2", "input_linear", "output_linear"]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 

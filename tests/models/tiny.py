@@ -101,6 +101,20 @@ TINY: dict[str, tuple[str, dict]] = {
             logits_scaling=4.0,
         ),
     ),
+    "granite-4-dense": (
+        "granitemoehybrid",
+        dict(
+            num_hidden_layers=2,
+            num_local_experts=0,
+            shared_intermediate_size=80,
+            layer_types=["full_attention"] * 2,
+            position_embedding_type="rope",
+            embedding_multiplier=3.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.1,
+            logits_scaling=4.0,
+        ),
+    ),
     "smollm-3": ("smollm3", dict(no_rope_layers=[1, 1, 0], pad_token_id=0)),
     "olmo-2": ("olmo2", dict(num_hidden_layers=2)),
     "olmo-3": (
@@ -168,6 +182,20 @@ EXPERTS: dict[str, tuple[str, dict]] = {
             head_dim=24,
         ),
     ),
+    "gpt-oss": (
+        "gpt_oss",
+        dict(
+            num_hidden_layers=1,  # with a window; test_gpt_oss.py has a second one without
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            intermediate_size=48,
+            head_dim=24,
+            sliding_window=8,
+            output_router_logits=True,
+            router_aux_loss_coef=5.0,
+        )
+        | _theta(150000.0, **YARN, truncate=False),
+    ),
     "phi-3.5-moe": (
         "phimoe",
         dict(
@@ -205,7 +233,9 @@ def make_model(name: str, **changes):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "router" in parameter_name or parameter_name.endswith(("mlp.gate.weight", "expert_gate.weight")):
+            if model_type == "gpt_oss" and "gate_up_proj" in parameter_name:
+                parameter.normal_(0, 0.5)  # so that some are beyond the clamp
+            elif "router" in parameter_name or parameter_name.endswith(("mlp.gate.weight", "expert_gate.weight")):
                 parameter.normal_(0, 0.05)  # softmax not saturated, and no two experts' scores nearly equal
             elif "norm" in parameter_name and parameter_name.endswith("weight"):
                 middle = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma multiplies by 1 + w

@@ -10,7 +10,9 @@ import torch
 from cuda_lowering import cuda_text, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GptOssConfig
 from transformers.activations import ACT2FN
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from fastft_jax.pallas_kernels.glu import glu, glu_backward
 from fastft_jax.pallas_kernels.glu.activations import normal as normal_law
@@ -18,20 +20,36 @@ from fastft_jax.pallas_kernels.glu.cases import CASES
 
 BOTH = pytest.mark.parametrize("implementation", ["xla", "triton"])
 IN_TRANSFORMERS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
-ACTIVATIONS = pytest.mark.parametrize("activation", IN_TRANSFORMERS)
+NAMES = [*IN_TRANSFORMERS, "clamped_silu"]
+ACTIVATIONS = pytest.mark.parametrize("activation", NAMES)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return 3 * np.random.default_rng(seed).standard_normal(shape).astype(np.float32)  # well into both tails
 
 
+def in_torch(activation, gate_up, rounded=lambda x: x):
+    """act(gate) * up; the clamped unit is transformers' own, of GPT-OSS, which has gate and up in turns."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "clamped_silu":
+        with torch.device("meta"):
+            config = GptOssConfig(num_local_experts=1, hidden_size=1, intermediate_size=1)
+            experts = GptOssExperts(config)
+        if rounded(gate) is gate:
+            return experts._apply_gate(torch.stack([gate, up], -1).flatten(-2))
+        one = experts._apply_gate(torch.stack([gate.double(), torch.zeros_like(gate.double())], -1).flatten(-2))
+        return rounded(one) * (up.clamp(-experts.limit, experts.limit) + 1)
+    act = ACT2FN[IN_TRANSFORMERS[activation]]
+    return act(gate) * up if rounded(gate) is gate else rounded(act(gate.double())) * up
+
+
 @BOTH
 @ACTIVATIONS
 def test_values_and_gradients_equal_torch_in_float64(activation, implementation):
-    gate_up, d_act = normal(0, 2, 3, 2 * 50), normal(1, 2, 3, 50)
+    gate_up, d_act = 2 * normal(0, 2, 3, 2 * 50), normal(1, 2, 3, 50)
+    gate_up[0, 0, :4] = gate_up[0, 0, 50:54] = 7.0, -7.0, 7.1, -7.1  # about the clamp
     leaf = torch.tensor(gate_up, dtype=torch.float64, requires_grad=True)
-    gate, up = leaf.chunk(2, dim=-1)
-    expected = ACT2FN[IN_TRANSFORMERS[activation]](gate) * up
+    expected = in_torch(activation, leaf)
     expected.backward(torch.tensor(d_act, dtype=torch.float64))
     y, vjp = jax.vjp(lambda x: glu(x, activation=activation, implementation=implementation), jnp.asarray(gate_up))
     for a, b in zip((y, *vjp(jnp.asarray(d_act))), (expected.detach(), leaf.grad), strict=True):
@@ -42,9 +60,8 @@ def test_values_and_gradients_equal_torch_in_float64(activation, implementation)
 @ACTIVATIONS
 def test_bfloat16_is_rounded_where_transformers_rounds(activation, implementation):
     gate_up = torch.tensor(normal(0, 64, 2 * 100) / 3).to(torch.bfloat16)
-    gate, up = gate_up.chunk(2, dim=-1)
-    act = ACT2FN[IN_TRANSFORMERS[activation]](gate.double()).to(torch.bfloat16)  # its kernels round a float32 value
-    expected = (act * up).double().numpy()
+    # its kernels round a float32 value
+    expected = in_torch(activation, gate_up, lambda x: x.to(torch.bfloat16, copy=True)).double().numpy()
     y = glu(jnp.asarray(gate_up.float().numpy(), jnp.bfloat16), activation=activation, implementation=implementation)
     y = np.asarray(y, np.float64)
     # An activation on the edge between two bfloat16s may fall either way, then the product differs by an ulp or two.
@@ -93,12 +110,22 @@ def test_the_normal_law_of_the_kernel_is_accurate_in_float32():
 
 
 @BOTH
-@ACTIVATIONS
+@pytest.mark.parametrize("activation", IN_TRANSFORMERS)
 def test_extreme_gates_give_finite_values_and_gradients(activation, implementation):
     gate_up = jnp.asarray([[-1e6, -1e4, -90.0, 0.0, 90.0, 1e4, *[1.0] * 6]], jnp.float32)
     grad, y = glu_backward(gate_up, jnp.ones((1, 6)), activation=activation, implementation=implementation)
     np.testing.assert_allclose(y, [[0, 0, 0, 0, 90, 1e4]], atol=1e-30)
     np.testing.assert_allclose(grad, [[0, 0, 0, 0.5, 1, 1, 0, 0, 0, 0, 90, 1e4]], atol=1e-30)
+
+
+@BOTH
+def test_clamped_gates_and_ups_are_finite_and_have_no_gradient(implementation):
+    gate_up = jnp.asarray([[-1e6, 1e4, 0.0, 1.0, 1.0, 1.0, 1e4, -1e4]], jnp.float32)
+    grad, y = glu_backward(gate_up, jnp.ones((1, 4)), activation="clamped_silu", implementation=implementation)
+    seven, one = 7 / (1 + np.exp(-1.702 * 7)), 1 / (1 + np.exp(-1.702))
+    slope = one * (1 + 1.702 * (1 - one))
+    np.testing.assert_allclose(y, [[0, 2 * seven, 0, -6 * one]], rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(grad, [[0, 0, 4, -6 * slope, 0, seven, 0, 0]], rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

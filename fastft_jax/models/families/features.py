@@ -5,7 +5,7 @@ from fastft_jax.models.config import DecoderConfig, RopeConfig
 _NORMS = {"rms": "RMSNorm", "rms_plus_one": "RMSNorm by 1 + w", "layer": "LayerNorm"}
 _BLOCKS = {"post": "norms on the blocks' outputs", "sandwich": "norms around the blocks", "parallel": "parallel blocks"}
 _QK_NORMS = {"head": "q/k norm by head", "projection": "q/k norm over all heads"}
-_GATES = {"silu": "SwiGLU", "gelu_tanh": "GeGLU (tanh)", "gelu": "GeGLU"}
+_GATES = {"silu": "SwiGLU", "gelu_tanh": "GeGLU (tanh)", "gelu": "GeGLU", "clamped_silu": "clamped SwiGLU"}
 _PLAIN = {"silu": "SiLU MLP", "gelu_tanh": "GELU (tanh) MLP", "gelu": "GELU MLP"}
 
 
@@ -16,14 +16,17 @@ def features(config: DecoderConfig) -> list[str]:
     found = [_NORMS[c.norm] + (" with bias" if c.norm_bias else ""), _BLOCKS.get(c.block), _QK_NORMS.get(c.qk_norm)]
     found.append(_latent(c))
     found += [_windows(c), None if c.attention_softcap is None else "attention softcap"]
+    found.append("attention sinks" if c.attention_sinks else None)
     found += [_rope(rope) for rope in dict.fromkeys(c.ropes) if _rope(rope)]
     found.append("interleaved rope" if c.rope_interleaved else None)
     if c.second_rope is not None and c.second_rope.rope_type != "none" and c.second_rope != c.rope:
         found.append("another rope in windowed layers")
     found.append((_GATES if c.gated_mlp else _PLAIN)[c.activation])
     found.append(_experts(c))
-    found.append("fused qkv and gate_up" if c.fused_projections else None)
-    biases = {"qkv": c.qkv_bias, "o": c.o_bias, "MLP": c.mlp_bias, "head": c.head_bias}
+    fused = {"qkv": c.fused_projections or c.grouped_qkv, "gate_up": c.fused_projections or c.fused_gate_up}
+    found.append(f"fused {' and '.join(name for name, on in fused.items() if on)}" if any(fused.values()) else None)
+    experts = c.experts is not None and c.experts.bias
+    biases = {"qkv": c.qkv_bias, "o": c.o_bias, "MLP": c.mlp_bias, "experts": experts, "head": c.head_bias}
     found.append(f"biases ({', '.join(name for name, on in biases.items() if on)})" if any(biases.values()) else None)
     scales = {
         "embedding": c.embedding_scale is not None,

@@ -95,6 +95,10 @@ class HFConfig:
                 f"config.json: {key}={value!r} is not supported for {self.model_type} models (supported: {options})"
             )
 
+    def skip(self, *beginnings: str) -> None:
+        """Keys that begin so say nothing about this model: settings of parts that it does not have."""
+        self._read |= {key for key in self._values if key.startswith(beginnings)}
+
     @property
     def model_type(self) -> str:
         return self._values.get("model_type", "")

@@ -11,7 +11,8 @@ class NameTable:
     `layer_prefix` is completed with the layer index; `modules` are paths inside a layer, those of experts with a place
     for their number. Names are those of the modules
     in transformers, which adapters use; `stored_as` are other beginnings that checkpoints give them. `ignored` are
-    endings, `ignored_under` beginnings of tensors that carry no weights of the decoder.
+    endings, `ignored_under` beginnings of tensors that carry no weights of the decoder. With `fused_experts`
+    checkpoints and adapters hold all experts of a layer in one tensor (convert/fused_experts.py has the names here).
     """
 
     layer_prefix: str = "model.layers.{}."
@@ -28,6 +29,7 @@ class NameTable:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     ignored_under: tuple[str, ...] = ()
     stored_as: tuple[Mapping[str, str], ...] = ()
+    fused_experts: bool = False
 
     def hf_name(self, path: str, layer: int | None = None, expert: int | None = None) -> str:
         """`self_attn.q_proj.weight` of layer 3 -> `model.layers.3.self_attn.q_proj.weight`."""

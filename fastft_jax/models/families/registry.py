@@ -15,6 +15,7 @@ FAMILIES = (
     *("phi3", "phi", "granite", "smollm3", "olmo2", "olmo3", "cohere", "cohere2", "stablelm"),
     *("deepseek_v2", "deepseek_v3"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "phimoe"),
+    *("gpt_oss", "internlm2", "internlm3", "granitemoehybrid"),
 )
 
 
@@ -26,14 +27,21 @@ def config_from_hf(values: Mapping[str, Any]) -> tuple[DecoderConfig, NameTable]
         raise CheckpointError(
             f"config.json: model_type={hf.model_type!r} is not supported (supported: {', '.join(FAMILIES)}).{remote}"
         )
-    check_quantization(values.get("quantization_config"))
     family = importlib.import_module(f"fastft_jax.models.families.{hf.model_type}")
+    settings = values.get("quantization_config")
+    if not (family.NAMES.fused_experts and in_mxfp4(settings)):
+        check_quantization(settings)
     if hasattr(family, "text_values"):  # a decoder among other parts, of which nothing else is read
         hf = HFConfig(family.text_values(values))
     config = family.config_from_hf(hf)
     hf.finish()
     _check(config)
     return config, family.NAMES
+
+
+def in_mxfp4(settings: Any) -> bool:
+    """Whether a `quantization_config` says that experts are in MXFP4, as GPT-OSS is published."""
+    return isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
 
 
 def standalone(values: Mapping[str, Any]) -> tuple[dict[str, Any], NameTable]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.fp8.tile import Place, Tiles, finished, load_low_rank, load_scaled, store, whole
-from fastft_jax.pallas_kernels.glu.activations import value_and_slope
+from fastft_jax.pallas_kernels.glu.activations import linear_half, value_and_slope
 
 FORWARD, BACKWARD = Tiles(64, 64, 8), Tiles(64, 64, 8)
 RANKS = 32
@@ -29,10 +29,11 @@ def _kernel(index_ref, *refs, tiles: Tiles, m: int, f: int, sizes, activation: s
     gate, up, *d = (finished(*parts, act_ref.dtype) for parts in zip(scaled, low_rank, strict=True))
     act, slope = value_and_slope(activation, gate)
     act = act.astype(act_ref.dtype).astype(jnp.float32)  # rounded as transformers rounds it
+    up, up_slope = linear_half(activation, up)
     store(act_ref, place, act * up)
     if d:
         store(d_gate_up_ref[0], place, d[0] * up * slope)
-        store(d_gate_up_ref[0], place, d[0] * act, f)
+        store(d_gate_up_ref[0], place, d[0] * act * up_slope, f)
 
 
 def _call(

@@ -26,7 +26,8 @@ def glu(
     """`act(gate) * up` of a fused projection `[gate | up]`, in its dtype.
 
     The activation is float32 and rounded to the input dtype before the product, as transformers does: "silu",
-    "gelu_tanh" (its gelu_pytorch_tanh) or "gelu" (exact: the kernel's erf is within 2e-7). `room` appends that many
+    "gelu_tanh" (its gelu_pytorch_tanh) or "gelu" (exact: the kernel's erf is within 2e-7). "clamped_silu" is GPT-OSS's
+    whole unit: with gate cut at 7 and up at -7 and 7, `gate sigmoid(1.702 gate) (up + 1)`. `room` appends that many
     columns of zeros, so that a caller can write a LoRA product there and feed one GEMM; their cotangent is ignored.
     With `index`, gate_up is a stack [L, ..., 2F], of which that one is read where it lies, and there is no gradient.
     Only gate_up is kept for the gradient, which one pass computes. `implementation` None picks "triton" on a GPU,

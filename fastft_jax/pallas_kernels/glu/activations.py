@@ -23,8 +23,18 @@ Both sets are minimax fits (iteratively reweighted least squares, in float64) to
 """
 
 
+CLAMP_LIMIT, CLAMP_ALPHA = 7.0, 1.702
+"""Of "clamped_silu", GPT-OSS's (swiglu_limit and swiglu_alpha): where gate and up are cut, and the sigmoid's gain."""
+
+
 def value_and_slope(name: str, x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """act(x) and act'(x) of float32 x: "silu", "gelu_tanh" or "gelu"."""
+    """act(x) and act'(x) of float32 x: "silu", "gelu_tanh", "gelu", or "clamped_silu" as GPT-OSS has it:
+    x sigmoid(1.702 x) of min(x, 7), whose slope is 0 from 7 on (at 7 itself, too, as in torch)."""
+    if name == "clamped_silu":
+        kept = jnp.minimum(x, CLAMP_LIMIT)
+        s = jax.nn.sigmoid(CLAMP_ALPHA * kept)
+        slope = s * (1.0 + CLAMP_ALPHA * kept * (1.0 - s))
+        return kept * s, jnp.where(x >= CLAMP_LIMIT, 0.0, slope)
     if name == "silu":
         s = jax.nn.sigmoid(x)
         return x * s, s * (1.0 + x * (1.0 - s))
@@ -34,6 +44,14 @@ def value_and_slope(name: str, x: Float[Array, "..."]) -> tuple[Float[Array, "..
         return x * s, s * (1.0 + x * (1.0 - s) * 2.0 * a * (1.0 + 3.0 * c * x * x))
     cdf, pdf = normal(x)
     return x * cdf, cdf + x * pdf
+
+
+def linear_half(name: str, up: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."] | float]:
+    """What the activation is multiplied with, and its derivative: up itself, or clip(up, -7, 7) + 1."""
+    if name != "clamped_silu":
+        return up, 1.0
+    inside = (jnp.abs(up) < CLAMP_LIMIT).astype(up.dtype)
+    return jnp.clip(up, -CLAMP_LIMIT, CLAMP_LIMIT) + 1.0, inside
 
 
 def normal(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

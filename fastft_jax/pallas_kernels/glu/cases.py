@@ -30,4 +30,5 @@ CASES: tuple[Case, ...] = (
     *_cases(8192, 14336, "gelu"),
     *_cases(37, 18944, "silu"),
     *_cases(1000, 3584, "silu"),
+    *_cases(32768, 2880, "clamped_silu"),  # gpt-oss: four experts a token
 )

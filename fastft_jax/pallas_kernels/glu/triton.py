@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
-from fastft_jax.pallas_kernels.glu.activations import value_and_slope
+from fastft_jax.pallas_kernels.glu.activations import linear_half, value_and_slope
 from fastft_jax.pallas_kernels.rms_norm.rows import power_of_two
 
 BLOCK = 2048
@@ -31,6 +31,12 @@ def _act(gate, activation, dtype):
     return act.astype(dtype).astype(jnp.float32), slope
 
 
+def _linear(up, activation, dtype):
+    """What act is multiplied with, rounded as transformers rounds it, and its slope."""
+    up, slope = linear_half(activation, up)
+    return up.astype(dtype).astype(jnp.float32), slope
+
+
 def _columns(blocks: int, block: int) -> Array:
     return (pallas.program_id(0) % blocks * block + jnp.arange(block))[None, :]
 
@@ -42,6 +48,7 @@ def _forward_kernel(
     gate, up = _load_pair((index_ref, gate_up_ref, m), f, blocks, columns < f)
     # Beyond F gate and up read 0, and every activation maps 0 to 0: the room fills itself.
     act, _ = _act(gate, activation, out_ref.dtype)
+    up, _ = _linear(up, activation, out_ref.dtype)
     pallas.store(out_ref, (act * up).astype(out_ref.dtype), mask=columns < f + room)
 
 
@@ -64,8 +71,9 @@ def _backward_kernel(
     d = pallas.load(d_ref, mask=inside, other=0.0).astype(jnp.float32)
     dtype = d_gate_up_ref.dtype
     act, slope = _act(gate, activation, dtype)
+    up, up_slope = _linear(up, activation, dtype)
     row, first = pallas.program_id(0) // blocks, pallas.program_id(0) % blocks * block
-    for half, grad in enumerate((d * up * slope, d * act)):
+    for half, grad in enumerate((d * up * slope, d * act * up_slope)):
         at = d_gate_up_ref.at[pallas.ds(row, 1), pallas.ds(half * f + first, block)]
         pallas.store(at, grad.astype(dtype), mask=inside)
     if act_ref:
