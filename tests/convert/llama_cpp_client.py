@@ -14,6 +14,9 @@ _SAID = Path(sys.prefix) / "llama-cpp-missing"  # by scripts/setup_llama_cpp.sh
 WHY_NOT = _SAID.read_text().strip() if _SAID.exists() else "llama-cpp-python is not installed (make test installs it)"
 
 
+IDS = np.random.default_rng(0).integers(4, 300, 40)
+
+
 def load(path, **options):
     return llama_cpp.Llama(
         str(path),
@@ -29,7 +32,7 @@ def load(path, **options):
     )
 
 
-def logits(path, ids, **options) -> np.ndarray:
+def logits(path, ids=IDS, **options) -> np.ndarray:
     """float32 [T, V], with the keys and values kept in float32."""
     model = load(path, **options)
     model.eval([int(i) for i in ids])

@@ -79,10 +79,12 @@ class Case:
         except (NotImplementedError, CheckpointError, ConfigError) as error:
             return error
 
-    def gguf(self, method: str, name: str):
+    def gguf(self, method: str, name: str, verify: bool = False):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            (path,) = self.model.save_pretrained_gguf(self.folder / name, self.tokenizer, method)
+            (path,) = self.model.save_pretrained_gguf(
+                self.folder / name, self.tokenizer, method, verify=verify, rows=IDS
+            )
         self.ignores_window = any("ignores the sliding window" in str(w.message) for w in caught)
         return path
 
@@ -134,7 +136,7 @@ class Case:
         return difference(llama_cpp_client.logits(path, IDS[0], **options)[:upto], self.logits[:upto])
 
     def gguf_model(self):
-        self.merged = self.refused(lambda: self.gguf("f32", "gguf"))
+        self.merged = self.refused(lambda: self.gguf("f32", "gguf", verify=True))
         return self.in_llama_cpp(self.merged)
 
     def gguf_lora(self):
