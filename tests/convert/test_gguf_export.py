@@ -25,6 +25,8 @@ from fastft_jax.models.lora import layer_linears
 from fastft_jax.quant.dense import dense, is_quantised
 from fastft_jax.quant.nf4 import dequantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tuned(repo):
