@@ -18,6 +18,12 @@ from fastft_jax.models.families.registry import config_from_hf
 TINY_VISION = dict(
     hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
 )
+# llama.cpp's graphs have experts in every layer, as the releases do, and no window
+AS_RELEASED = {
+    "mixtral": dict(sliding_window=None),
+    "qwen-2-moe": dict(mlp_only_layers=[]),
+    "qwen-3-moe": dict(decoder_sparse_step=1),
+}
 TEXT_OF = {"gemma3": "gemma3_text"}  # multimodal families: the one their text decoder is
 
 
@@ -34,13 +40,15 @@ def tiny_name(family: str) -> str | None:
 
 def write_checkpoint(family: str, tokenizer, folder: Path):
     """Writes it with the tokenizer; returns transformers' model, None where transformers has no class for it."""
-    if not in_transformers(family):
+    name = tiny_name(family)
+    if name is None or not in_transformers(family):
         _write_random(family, folder)
         tokenizer.save_pretrained(folder)
-        return None
-    name = tiny_name(family)
-    assert name, f"{family} is in the registry and has no tiny model in tests/models/tiny.py"
-    model = gguf_tiny.make_family(name)
+        if not in_transformers(family):
+            return None
+        options = {"attn_implementation": "eager", "dtype": torch.float32}
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = gguf_tiny.make_family(name, **AS_RELEASED.get(name, {}))
     if family in TEXT_OF:
         model = _multimodal(family, model)
     gguf_tiny.save_folder(model, tokenizer, folder)
