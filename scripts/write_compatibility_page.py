@@ -31,8 +31,9 @@ logits between 0.3 and 30.
 - **adapter in PEFT**: `peft.PeftModel` on transformers' model of the base.
 - **merged in transformers**: `merged_16bit`, written in float32 here, so that nothing is rounded off; in bfloat16 what
   is added is the format's rounding, whose bound every export checks ([export](export.md#read-back)).
-- **merged_4bit in transformers**: with bitsandbytes, against what we read from the same folder. What the 4-bit grid
-  itself loses is a property of the weights, and every export prints it.
+- **merged_4bit in transformers**: with bitsandbytes, against the merged model of the column before with the folder's
+  matrices in it, decoded; each of them is near enough to be the same one in NF4. What the 4-bit grid itself loses is a
+  property of the weights, and every export prints it.
 - **GGUF in llama.cpp**, **GGUF adapter in llama.cpp** (`--lora` on the base's GGUF): float32 files. llama.cpp looks
   GELU up in a table of float16, so Gemma's and Phi-2's figures are larger. Quantised files are those of llama.cpp's
   own quantiser byte for byte ([GGUF](gguf.md)).
