@@ -4,8 +4,6 @@ A folder is read as any other is: config.json decides the family, names and dtyp
 taken as they are. GGUF files: convert/gguf/read_back.py.
 """
 
-import copy
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,6 @@ from fastft_jax.convert.bitsandbytes import packed_matrices
 from fastft_jax.convert.hf import read_config
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.models.attention import Sequence
-from fastft_jax.models.compute_dtype import set_compute_dtype
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder, DecoderLayer, Loader, LoadFn
 from fastft_jax.models.families.registry import config_from_hf
@@ -62,14 +59,6 @@ def layered_logits(
     return outer.logits(outer.norm(x))
 
 
-def live_logits(model: Any, input_ids: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
-    """What a model with its adapter computes in its own dtype: weights are compared, not fp8 products."""
-    live = copy.copy(model)
-    live.decoder = nnx.clone(model.decoder)  # own variables, same arrays
-    set_compute_dtype(live.decoder, None)
-    return live(input_ids) if mask.all() else live(input_ids, attention_mask=mask)
-
-
 @partial(jax.jit, static_argnums=0)
 def _layer(definition, state, x, tables, segments) -> Float[Array, "B T D"]:
     return nnx.merge(definition, state)(x, Sequence(tables, segments))[0]
@@ -93,22 +82,6 @@ class Difference:
             f"KL {self.kl:.3g}; perplexity {self.perplexity_export:.4g}, the live model's {self.perplexity:.4g}; "
             f"{self.tokens} tokens"
         )
-
-
-def difference_bound(decoder: Decoder, dtype: Any, spread: float, *, loose: bool) -> float:
-    """What the mean |logit difference| of a right export stays under; spread: the logits' standard deviation.
-
-    Rounding to p bits changes a matrix by u = 2**-p relatively, and so, as an independent error, what it adds to the
-    residual stream; 2 L such errors sum to sqrt(2 L) u of the stream, thus of the logits' spread. Two models of the
-    same dtype differ by as much through their activations. A factor of 8 is room for models that amplify. A 4-bit
-    grid (`loose`) is no small error (0.1 relatively, for each matrix): there the bound only tells the model from
-    another one, three quarters of the spread (independent logits differ by 1.13 of it).
-    """
-    if loose:
-        return 0.75 * spread
-    u = max(2.0 ** -(jnp.finfo(d).nmant + 1) for d in (dtype, decoder.dtype))
-    u = max(u, 2.0**-16)  # float32 sums in another order, and GPUs' products of float32
-    return 8 * u * math.sqrt(2 * decoder.config.num_hidden_layers) * spread
 
 
 def compare(

@@ -1,25 +1,32 @@
 """Merged checkpoints out: planned, checked, streamed into a folder beside the target, read back, then renamed."""
 
+import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.atomic import atomic_folder, check_free_space, write_bytes
-from fastft_jax.convert.comparison_rows import comparison_rows
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, entries_beside, layout
 from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config
 from fastft_jax.convert.model_card import model_card
 from fastft_jax.convert.model_files import copy_beside, refuse_to_replace, write_config, write_tokenizer
-from fastft_jax.convert.read_back import Difference, compare, difference_bound, folder_logits, live_logits
+from fastft_jax.convert.read_back import Difference, compare, folder_logits
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
 from fastft_jax.convert.safetensors_header import nbytes
 from fastft_jax.convert.safetensors_writer import parse_size
+from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.errors import CheckpointError, ConfigError
+from fastft_jax.models.compute_dtype import set_compute_dtype
+from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable
 
 METHODS = ("merged_16bit", "merged_4bit")
@@ -63,7 +70,7 @@ def save_merged(
     bitsandbytes's NF4, double-quantised, the rest in `dtype`). base: None merges onto the weights that were trained
     against (an NF4 base as it decodes), "original" onto the 16-bit weights that were loaded, read again tensor by
     tensor; a folder or hub id names these. dtype: bfloat16, float16 or float32; None means the base's own if it is a
-    16-bit one, else bfloat16. rows: token ids to compare on; None: a few sentences, by the tokenizer.
+    16-bit one, else bfloat16. rows: token ids to compare on; None: a few sentences.
 
     With `verify` the folder is read back before it gets its name; CheckpointError when its logits' mean difference is
     above the bound (see `difference_bound`), and nothing is left. Raises ConfigError for options, CheckpointError for
@@ -96,9 +103,7 @@ def save_merged(
         difference, bound = None, None
         if verify:
             loose = save_method == "merged_4bit" or (base is not None and _in_nf4(weights))
-            ids, mask = rows
-            live = live_logits(model, ids, mask)
-            difference = compare(live, folder_logits(draft, ids, mask, model.decoder.dtype), ids, mask)
+            difference = _read_back(model, draft, rows)
             bound = difference_bound(model.decoder, DTYPES[name], difference.spread, loose=loose)
             if not difference.mean <= bound:
                 raise CheckpointError(
@@ -108,6 +113,22 @@ def save_merged(
         written = Written(final, tuple(files), total, difference, bound)
         write_bytes(draft / "README.md", model_card(model, save_method, written.difference).encode())
     return written
+
+
+def difference_bound(decoder: Decoder, dtype: Any, spread: float, *, loose: bool) -> float:
+    """What the mean |logit difference| of a right export stays under; spread: the logits' standard deviation.
+
+    Rounding to p bits changes a matrix by u = 2**-p relatively, and so, as an independent error, what it adds to the
+    residual stream; 2 L such errors sum to sqrt(2 L) u of the stream, thus of the logits' spread. Two models of the
+    same dtype differ by as much through their activations. A factor of 8 is room for models that amplify. A 4-bit
+    grid (`loose`) is no small error (0.1 relatively, for each matrix): there the bound only tells the model from
+    another one, three quarters of the spread (independent logits differ by 1.13 of it).
+    """
+    if loose:
+        return 0.75 * spread
+    u = max(2.0 ** -(jnp.finfo(d).nmant + 1) for d in (dtype, decoder.dtype))
+    u = max(u, 2.0**-16)  # float32 sums in another order, and GPUs' products of float32
+    return 8 * u * math.sqrt(2 * decoder.config.num_hidden_layers) * spread
 
 
 def _default_dtype(hf_config: dict[str, Any]) -> str:
@@ -168,3 +189,16 @@ def _config_changes(model: Any, weights: Weights, names: NameTable, save_method:
 
 def _in_nf4(weights: Weights) -> bool:
     return any(leaf.nf4 is not None for leaf in weights.leaves)
+
+
+def _read_back(model: Any, draft: Path, rows: tuple[np.ndarray, np.ndarray]) -> Difference:
+    ids, mask = rows
+    return compare(live_logits(model, ids, mask), folder_logits(draft, ids, mask, model.decoder.dtype), ids, mask)
+
+
+def live_logits(model: Any, input_ids: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+    """What a model with its adapter computes in its own dtype: weights are compared, not fp8 products."""
+    live = copy.copy(model)
+    live.decoder = nnx.clone(model.decoder)  # own variables, same arrays
+    set_compute_dtype(live.decoder, None)
+    return live(input_ids) if mask.all() else live(input_ids, attention_mask=mask)

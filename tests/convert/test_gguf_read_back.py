@@ -8,7 +8,7 @@ import transformers
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert import merge
-from fastft_jax.convert.comparison_rows import ROW_LENGTH, TEXT, comparison_rows
+from fastft_jax.convert.sample_rows import ROW_LENGTH, TEXT, comparison_rows
 from fastft_jax.convert.gguf import export
 from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.read_back import file_logits, method_bound

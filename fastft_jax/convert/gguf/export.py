@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from fastft_jax.convert.atomic import write_bytes
-from fastft_jax.convert.comparison_rows import comparison_rows
+from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.convert.gguf import recipes
 from fastft_jax.convert.gguf.adapter import save_gguf_adapter
 from fastft_jax.convert.gguf.architectures import (

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.recipes import METHODS
-from fastft_jax.convert.read_back import Difference, compare, difference_bound, layered_logits, live_logits
+from fastft_jax.convert.read_back import Difference, compare, layered_logits
+from fastft_jax.convert.save_merged import difference_bound, live_logits
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
