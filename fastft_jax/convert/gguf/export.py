@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 
 from fastft_jax.convert.atomic import write_bytes
-from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.convert.gguf import recipes
 from fastft_jax.convert.gguf.adapter import save_gguf_adapter
 from fastft_jax.convert.gguf.architectures import (
@@ -29,6 +28,7 @@ from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
 from fastft_jax.convert.merge import MergedTensor, merged_layout
 from fastft_jax.convert.read_back import Difference
+from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
