@@ -69,10 +69,12 @@ def method_bound(decoder: Decoder, method: str, spread: float) -> float:
     their standard deviations, and a rounding error is a step over sqrt(12): relatively u = 6 / (sqrt(12) 2**b), which
     adds up as there, 8 u sqrt(2 L) of the spread. From 5 bits down that is no bound any more: there it only tells the
     model from another one, as the spread itself does in 3 and 2 bits (independent logits differ by 1.13 of it; a random
-    model of 9 layers by 0.3 in 4 bits, 0.5 in 3, and 0.7 in 2).
+    model of 9 layers by 0.3 in 4 bits, 0.5 in 3, and 0.7 in 2). With experts it is 8 u 2 L: an error sends some tokens
+    to another expert, and such jumps do not average out.
     """
     if method in _FLOATS:
         return difference_bound(decoder, _FLOATS[method], spread, loose=False)
     bits = int(METHODS[method][0][1])
-    u = 6 / (math.sqrt(12) * 2**bits)
-    return min(8 * u * math.sqrt(2 * decoder.config.num_hidden_layers), 0.75 if bits > 3 else 1.0) * spread
+    u, sublayers = 6 / (math.sqrt(12) * 2**bits), 2 * decoder.config.num_hidden_layers
+    summed = math.sqrt(sublayers) if decoder.config.experts is None else sublayers
+    return min(8 * u * summed, 0.75 if bits > 3 else 1.0) * spread
