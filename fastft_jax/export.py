@@ -57,7 +57,7 @@ def _merged(method: str) -> Callable[..., Any]:
 
 
 def _gguf(model: Any, tokenizer: Any, folder: Path, argument: str | None, settings: Settings) -> Any:
-    return ", ".join(map(str, model.save_pretrained_gguf(folder, tokenizer, argument)))
+    return model.save_pretrained_gguf(folder, tokenizer, argument, verify=settings.verify, rows=settings.rows)
 
 
 # A further form is a line here.
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of merged 16-bit weights")
     parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--rows", help="text file, whose first lines are compared on; else random tokens")
+    parser.add_argument("--rows", help="text file, whose first lines are compared on; else a few sentences")
     parser.add_argument("--overwrite", action="store_true", help="replace export folders that are there already")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="read each back")
     parser.add_argument("--load-in-16bit", action="store_true", help="the adapter was trained on a base in 16 bits")

@@ -270,16 +270,24 @@ class FastLanguageModel(Adapters):
         tokenizer: Any = None,
         quantization_method: str | Sequence[str] = "q4_k_m",
         imatrix_file: str | Path | None = None,
+        *,
+        verify: bool = True,
+        rows: Sequence[Sequence[int]] | None = None,
     ) -> list[Path]:
         """Write GGUF files for llama.cpp and Ollama, with the adapter merged in, and a Modelfile; returns their paths.
 
         quantization_method: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m, q4_k_s, q4_0, q3_k_l, q3_k_m,
         q3_k_s, q2_k, or several of them, made in one pass; "lora" is the adapter alone, which needs no tokenizer.
         imatrix_file: an importance matrix made by llama-imatrix, which the methods q2_k to q6_k follow.
+        With `verify` every file is decoded again before it gets its name, and its logits compared with this model's on
+        `rows` (token ids; None: a few sentences): CheckpointError above the method's bound; the list that is returned
+        has the differences by path in `.differences`.
         """
         from fastft_jax.convert.gguf.export import save_model_gguf
 
-        return save_model_gguf(self, Path(folder), tokenizer, quantization_method, imatrix_file)
+        return save_model_gguf(
+            self, Path(folder), tokenizer, quantization_method, imatrix_file, verify=verify, rows=rows
+        )
 
     @property
     def full_finetuning(self) -> bool:

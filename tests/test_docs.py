@@ -4,6 +4,8 @@ import json
 import re
 import runpy
 
+import pytest
+
 
 def test_the_options_page_is_what_the_option_classes_say(repo):
     script = runpy.run_path(str(repo / "scripts" / "write_options_page.py"))
@@ -38,3 +40,21 @@ def test_the_speeds_in_the_readme_are_recorded_ones(repo):
         recorded = (record["tokens_per_second"], *record["tokens_per_second_range"])
         assert [int(number.replace(",", "")) for number in speeds] == [round(x) for x in recorded]
         assert float(memory) == round(record["peak_memory_bytes"] / 2**30, 1)
+
+
+def test_the_compatibility_page_has_every_family_in_every_format_and_nothing_untested(repo):
+    from fastft_jax.models.families.registry import FAMILIES
+
+    script = runpy.run_path(str(repo / "scripts" / "write_compatibility_page.py"))
+    text = (repo / "docs" / "compatibility.md").read_text()
+    cells = script["read_page"](text)
+    assert cells.keys() == {(family, form) for family in FAMILIES for form in script["FORMATS"]}, "make compatibility"
+    assert all(re.fullmatch(r"0|\de-\d\d|no: .+", cell) for cell in cells.values()) and "untested" not in text
+    assert text.startswith(script["HEAD"])
+
+
+def test_the_compatibility_page_is_not_written_without_a_measurement_of_every_cell(repo):
+    script = runpy.run_path(str(repo / "scripts" / "write_compatibility_page.py"))
+    assert [script["one_figure"](x) for x in (1.01e-6, 2e-3, 0.96, 0.0)] == ["2e-06", "2e-03", "1e+00", "0"]
+    with pytest.raises(SystemExit, match=r"untested, so the page is not written: llama \(merged_16bit\), "):
+        script["page"]([{"family": "llama", "format": "peft", "difference": 1e-5, "why_not": None}])

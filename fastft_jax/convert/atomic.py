@@ -64,11 +64,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_file(final: Path, write: Callable[[int], None], *, needed: int | None = None, durable: bool = True) -> None:
+def write_file(
+    final: Path,
+    write: Callable[[int], None],
+    *,
+    needed: int | None = None,
+    durable: bool = True,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Calls `write(fd)` on a temporary sibling of `final`, then renames it over `final`.
 
-    On any error (CheckpointError for a failing disk) the old `final`, if any, is as it was. `durable=False` skips the
-    fsync: a crash of the machine, though not of the process, may then lose the file.
+    `check(temporary)` may look at the whole file before it gets its name, and raise. On any error (CheckpointError for
+    a failing disk) the old `final`, if any, is as it was. `durable=False` skips the fsync: a crash of the machine,
+    though not of the process, may then lose the file.
     """
     final = Path(final)
     temporary = None
@@ -83,6 +91,8 @@ def write_file(final: Path, write: Callable[[int], None], *, needed: int | None 
             write(fd)
             if durable:
                 os.fsync(fd)
+            if check is not None:
+                check(temporary)
             os.replace(temporary, final)
         finally:
             os.close(fd)

@@ -147,11 +147,11 @@ def load_decoder(
             request = Request(path, shape, layers)
             if layers is None:
                 return jax.block_until_ready(_cast(ahead.next(), dtype))
-            tensors = request.hf_names(names)
             if len(request.tensor_shape) == 1:
                 held_in = dtype_of(path, dtype)
-                rows = [ahead.next().astype(held_in) for _ in tensors]
+                rows = [ahead.next().astype(held_in) for _ in request.hf_names(names)]
                 return jax.device_put(np.stack(rows).reshape(len(layers), *shape))
+            tensors = request.hf_names(names)
             here = [packed.get(name) for name in tensors]
             if any(here):
                 return with_lead(_unpacked(path, here, ahead, dtype, quantised), request.lead)

@@ -1,7 +1,7 @@
-"""What a written model folder computes, layer by layer: no more than one layer is in memory, whatever the model's size.
+"""What a written model computes, layer by layer: no more than one layer is in memory, whatever the model's size.
 
-The folder is read as any other is: config.json decides the family, names and dtypes are checked, packed matrices are
-taken as they are.
+A folder is read as any other is: config.json decides the family, names and dtypes are checked, packed matrices are
+taken as they are. GGUF files: convert/gguf/read_back.py.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,8 @@ from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.hf import Request, dtype_of, read_config
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.models.attention import Sequence
-from fastft_jax.models.decoder import Decoder, DecoderLayer, Loader
+from fastft_jax.models.config import DecoderConfig
+from fastft_jax.models.decoder import Decoder, DecoderLayer, Loader, LoadFn
 from fastft_jax.models.families.registry import config_from_hf
 from fastft_jax.models.rope import rope_tables
 
@@ -44,6 +45,13 @@ def folder_logits(
             return packed[name].assemble([checkpoint.read(part) for part in packed[name].tensors])
         return jnp.asarray(checkpoint.read(name)).astype(dtype_of(path, dtype))
 
+    return layered_logits(config, load, input_ids, mask, dtype)
+
+
+def layered_logits(
+    config: DecoderConfig, load: LoadFn, input_ids: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B T"], dtype: Any
+) -> Float[Array, "B T V"]:
+    """float32 logits of the decoder whose tensors `load` gives, asked for a layer at a time."""
     outer = Decoder(replace(config, num_hidden_layers=0, layer_windows=(), second_rope_layers=()), load, dtype)
     ids, segments = jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)

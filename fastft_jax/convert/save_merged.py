@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.atomic import atomic_folder, check_free_space, write_bytes
 from fastft_jax.convert.fused_entries import fused_entries
@@ -24,6 +25,7 @@ from fastft_jax.convert.rounding import accumulated
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
 from fastft_jax.convert.safetensors_header import nbytes
 from fastft_jax.convert.safetensors_writer import parse_size
+from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.compute_dtype import set_compute_dtype
 from fastft_jax.models.decoder import Decoder
@@ -31,7 +33,6 @@ from fastft_jax.models.families.names import NameTable
 
 METHODS = ("merged_16bit", "merged_4bit")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-ROWS, ROW_LENGTH = 4, 64  # of random tokens, where no rows are given to compare on
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def save_merged(
     bitsandbytes's NF4, double-quantised, the rest in `dtype`). base: None merges onto the weights that were trained
     against (an NF4 base as it decodes), "original" onto the 16-bit weights that were loaded, read again tensor by
     tensor; a folder or hub id names these. dtype: bfloat16, float16 or float32; None means the base's own if it is a
-    16-bit one, else bfloat16. rows: token ids to compare on; None: random ones.
+    16-bit one, else bfloat16. rows: token ids to compare on; None: a few sentences.
 
     With `verify` the folder is read back before it gets its name; CheckpointError when its logits' mean difference is
     above the bound (see `difference_bound`), and nothing is left. Raises ConfigError for options, CheckpointError for
@@ -83,7 +84,7 @@ def save_merged(
     if name not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     parse_size(max_shard_size)
-    rows = _check_rows(rows, model.decoder.config.vocab_size)
+    rows = comparison_rows(rows, tokenizer, model.decoder.config.vocab_size)
     source = Path(model.base_folder)
     original = None if base is None else _original(model, base, token)
     if original is not None and model.names.fused_experts:
@@ -195,28 +196,14 @@ def _in_nf4(weights: Weights) -> bool:
     return any(leaf.nf4 is not None for leaf in weights.leaves)
 
 
-def _check_rows(rows: Sequence[Sequence[int]] | None, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask) [B, T], padded on the right."""
-    if rows is None:
-        ids = np.random.default_rng(0).integers(0, vocab, (ROWS, ROW_LENGTH))
-        return ids, np.ones_like(ids)
-    rows = [np.asarray(row, np.int64).reshape(-1) for row in rows]
-    rows = [row for row in rows if row.size]
-    if not rows:
-        raise ConfigError("rows is empty: give token ids to compare on, or None for random ones")
-    if any(row.min() < 0 or row.max() >= vocab for row in rows):
-        raise ConfigError(f"rows hold token ids outside the model's vocabulary of {vocab}")
-    ids = np.zeros((len(rows), max(row.size for row in rows)), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : row.size], mask[i, : row.size] = row, 1
-    return ids, mask
-
-
 def _read_back(model: Any, draft: Path, rows: tuple[np.ndarray, np.ndarray]) -> Difference:
     ids, mask = rows
+    return compare(live_logits(model, ids, mask), folder_logits(draft, ids, mask, model.decoder.dtype), ids, mask)
+
+
+def live_logits(model: Any, input_ids: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+    """What a model with its adapter computes in its own dtype: weights are compared, not fp8 products."""
     live = copy.copy(model)
     live.decoder = nnx.clone(model.decoder)  # own variables, same arrays
-    set_compute_dtype(live.decoder, None)  # weights are compared, not fp8 products
-    logits = live(ids) if mask.all() else live(ids, attention_mask=mask)
-    return compare(logits, folder_logits(draft, ids, mask, model.decoder.dtype), ids, mask)
+    set_compute_dtype(live.decoder, None)
+    return live(input_ids) if mask.all() else live(input_ids, attention_mask=mask)

@@ -99,17 +99,18 @@ class Experts(nnx.Module):
 
 
 class Router(nnx.Module):
-    """`x W^T + b`, in float32 if so configured; weight [L, N, D] and bias [L, N] (or None) stay in 16 or 32 bits and
-    take no adapter: they train in full fine-tuning alone.
+    """`x W^T + b`, in float32 if so configured; weight [L, N, D] and bias [L, N], if there is one, stay in 16 or 32
+    bits and take no adapter: the weight trains in full fine-tuning alone.
 
     e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`, and never trained.
     """
 
-    def __init__(self, weight, float32: bool = False, e_score_correction_bias=None, bias=None):
+    def __init__(self, weight, bias=None, float32: bool = False, e_score_correction_bias=None):
         self.weight = Frozen(weight)
-        self.bias = nnx.data(None if bias is None else Frozen(bias))
         correction = e_score_correction_bias
-        self.e_score_correction_bias = nnx.data(None if correction is None else Frozen(correction))
+        self.bias, self.e_score_correction_bias = (
+            nnx.data(None if value is None else Frozen(value)) for value in (bias, correction)
+        )
         self.float32 = float32
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M N"]:
@@ -132,11 +133,12 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: DecoderConfig, load):
         c, d = config.experts, config.hidden_size
         self.config = c
-        weight, correction = load("mlp.router.weight", (c.num_experts, d)), None
+        weight, bias, correction = load("mlp.router.weight", (c.num_experts, d)), None, None
+        if c.bias:
+            bias = load("mlp.router.bias", (c.num_experts,))
         if c.router == "sigmoid":
             correction = load("mlp.router.e_score_correction_bias", (c.num_experts,))
-        bias = load("mlp.router.bias", (c.num_experts,)) if c.bias else None
-        self.router = Router(weight, c.float32_logits, correction, bias)
+        self.router = Router(weight, bias, c.float32_logits, correction)
         self.experts = Experts(config, load)
         self.shared_expert, self.shared_expert_gate = nnx.data(None), nnx.data(None)
         if c.shared_intermediate_size is not None:

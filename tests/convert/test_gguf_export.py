@@ -42,7 +42,7 @@ def tuned(repo):
 def written(tuned, tmp_path_factory):
     model, tokenizer = tuned
     folder = tmp_path_factory.mktemp("gguf")
-    paths = model.save_pretrained_gguf(folder, tokenizer, ["F32", "q8_0", "q4_k_m", "lora", "f32"])
+    paths = model.save_pretrained_gguf(folder, tokenizer, ["F32", "q8_0", "q4_k_m", "lora", "f32"], verify=False)
     return {path.stem.removeprefix("tiny-base-"): path for path in paths}
 
 
@@ -133,7 +133,7 @@ def stories_files(stories, tmp_path_factory):
     model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=64, dtype="float32", load_in_4bit=False)
     model.name_or_path = "stories260K"
     kinds = ["f32", "f16", "q8_0", "q4_k_m"]
-    paths = model.save_pretrained_gguf(tmp_path_factory.mktemp("stories"), tokenizer, kinds)
+    paths = model.save_pretrained_gguf(tmp_path_factory.mktemp("stories"), tokenizer, kinds, verify=False)
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     return dict(zip(kinds, paths, strict=True)) | {"merges": merges}
 
@@ -200,36 +200,36 @@ def test_what_llama_cpp_ignores_is_said():
 
 def test_a_failing_export_leaves_what_was_there(tuned, tmp_path, monkeypatch):
     model, tokenizer = tuned
-    (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "q8_0")
+    (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "q8_0", verify=False)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(atomic.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
         with pytest.raises(CheckpointError, match="needs .* bytes and the disk has 1000 left"):
-            model.save_pretrained_gguf(tmp_path, tokenizer, ["q8_0", "f16"])
+            model.save_pretrained_gguf(tmp_path, tokenizer, ["q8_0", "f16"], verify=False)
     weight = next(linear for path, linear in layer_linears(model.decoder.segments[0][0]) if "down" in path).lora_B
     value = weight.get_value()
     weight.set_value(value.at[0, 0, 0].set(jnp.nan))
     with pytest.raises(CheckpointError, match="blk.0.ffn_down.weight has values that are not finite"):
-        model.save_pretrained_gguf(tmp_path, tokenizer, ["f16", "q8_0"])
+        model.save_pretrained_gguf(tmp_path, tokenizer, ["f16", "q8_0"], verify=False)
     weight.set_value(value)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be made"):
-        model.save_pretrained_gguf(tmp_path / "file" / "sub", tokenizer, "q8_0")
+        model.save_pretrained_gguf(tmp_path / "file" / "sub", tokenizer, "q8_0", verify=False)
 
 
 def test_mistakes_are_told_before_anything_is_written(tuned, tmp_path):
     model, tokenizer = tuned
     with pytest.raises(ConfigError, match="quantization_method='iq1_s' is not one of"):
-        model.save_pretrained_gguf(tmp_path, tokenizer, ["q8_0", "iq1_s"])
+        model.save_pretrained_gguf(tmp_path, tokenizer, ["q8_0", "iq1_s"], verify=False)
     with pytest.raises(ConfigError, match="empty"):
-        model.save_pretrained_gguf(tmp_path, tokenizer, [])
+        model.save_pretrained_gguf(tmp_path, tokenizer, [], verify=False)
     with pytest.raises(CheckpointError, match="needs the model's tokenizer"):
-        model.save_pretrained_gguf(tmp_path, None, "q8_0")
+        model.save_pretrained_gguf(tmp_path, None, "q8_0", verify=False)
     other = gguf_tiny.byte_tokenizer()
     other.add_tokens([f"word{i}" for i in range(1100 - len(other))])
     with pytest.raises(CheckpointError, match="ids up to 1099, the model's embedding 1024 rows"):
-        model.save_pretrained_gguf(tmp_path, other, "q8_0")
+        model.save_pretrained_gguf(tmp_path, other, "q8_0", verify=False)
     assert not list(tmp_path.iterdir())
 
 

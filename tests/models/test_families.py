@@ -80,13 +80,6 @@ def test_what_a_released_config_switches_on_is_on():
     assert (mixtral_.num_experts, mixtral_.top_k, mixtral_.normalise, mixtral_.aux_loss_coef) == (8, 2, True, None)
     assert (qwen2_moe.normalise, qwen2_moe.shared_intermediate_size, qwen2_moe.dense_layers) == (False, 5632, ())
     assert (qwen3_moe.normalise, qwen3_moe.shared_intermediate_size, qwen3_moe.top_k) == (True, None, 8)
-    gpt_oss, granite4 = config("gpt-oss-120b"), config("granite-4.0-micro")
-    assert gpt_oss.layer_windows == (128, None) * 18 and len(gpt_oss.segments) == 1 and gpt_oss.attention_sinks
-    assert (gpt_oss.rope.rope_type, gpt_oss.rope.truncate, gpt_oss.activation) == ("yarn", False, "clamped_silu")
-    assert (gpt_oss.experts.top_k, gpt_oss.experts.bias, gpt_oss.experts.aux_loss_coef) == (4, True, None)
-    assert (granite4.fused_gate_up, granite4.attention_scale, granite4.logit_scale) == (True, 1 / 64, 0.1)
-    assert config("internlm2-20b").grouped_qkv and not config("internlm2-20b").qkv_bias
-    assert config("internlm3-8b-instruct").rope.factor == 6.0
     v2, lite, v3 = map(config, ("DeepSeek-V2", "DeepSeek-V2-Lite", "DeepSeek-V3"))
     assert (v2.latent.q_rank, lite.latent.q_rank, v2.latent.kv_rank, v2.head_dim, v2.rope_dim) == (
         *(1536, None, 512, 192, 64),
@@ -98,6 +91,13 @@ def test_what_a_released_config_switches_on_is_on():
     assert (v2.experts.groups, v2.experts.top_groups, v2.experts.scaling, lite.experts.groups) == (8, 3, 16.0, 1)
     assert (v3.experts.router, v3.experts.normalise, v3.experts.scaling, v3.unread_layers) == ("sigmoid", True, 2.5, 1)
     assert v3.experts.dense_layers == (0, 1, 2) and [len(s[0]) for s in v3.segments] == [3, 58]
+    gpt_oss, granite4 = config("gpt-oss-120b"), config("granite-4.0-micro")
+    assert gpt_oss.layer_windows == (128, None) * 18 and len(gpt_oss.segments) == 1 and gpt_oss.attention_sinks
+    assert (gpt_oss.rope.rope_type, gpt_oss.rope.truncate, gpt_oss.activation) == ("yarn", False, "clamped_silu")
+    assert (gpt_oss.experts.top_k, gpt_oss.experts.bias, gpt_oss.experts.aux_loss_coef) == (4, True, None)
+    assert (granite4.fused_gate_up, granite4.attention_scale, granite4.logit_scale) == (True, 1 / 64, 0.1)
+    assert config("internlm2-20b").grouped_qkv and not config("internlm2-20b").qkv_bias
+    assert config("internlm3-8b-instruct").rope.factor == 6.0
     phimoe = config("Phi-3.5-MoE-instruct")
     assert (phimoe.experts.router, phimoe.experts.router_epsilon, phimoe.head_bias) == ("sparsemixer", 0.01, True)
     assert phimoe.rope.attention_factor == 1.243163121016122 and phimoe.norm_bias and phimoe.o_bias

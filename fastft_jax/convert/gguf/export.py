@@ -1,9 +1,9 @@
 """A model, merged with its adapter, as GGUF files of one or several quantisation methods."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from fastft_jax.convert.gguf.architectures import (
 )
 from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
 from fastft_jax.convert.gguf.modelfile import modelfile
+from fastft_jax.convert.gguf.read_back import ReadBack
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
-from fastft_jax.convert.gguf.writer import File, Tensor, check_file, write_gguf
+from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
 from fastft_jax.convert.merge import MergedTensor, merged_layout
+from fastft_jax.convert.read_back import Difference
+from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.errors import ConfigError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
@@ -41,12 +44,14 @@ def save_gguf(
     name: str,
     context: int | None = None,
     imatrix_file: Path | str | None = None,
+    check: Callable[[Path, str, Path], None] | None = None,
 ) -> list[Path]:
     """Writes `folder/NAME-METHOD.gguf` for each method, in one pass over the weights, and a Modelfile for Ollama.
 
     name: the model's, of which the last part is taken. context: how many tokens the model is said to read, by default
     the decoder's max_position_embeddings. imatrix_file: an importance matrix that k-quants follow. Files of the same
-    name are replaced, each at once and when it is complete.
+    name are replaced, each at once and when it is complete; before that, `check(draft, method, path)` may look at it,
+    and raise.
     Raises CheckpointError for a family, tokenizer or decoder that llama.cpp does not know, ConfigError for an unknown
     method.
     """
@@ -83,9 +88,8 @@ def save_gguf(
         writer.add_file_type(recipes.METHODS[method][1])
         kinds = {t.name: recipes.tensor_type(method, t.name, t.shape, shape) for t in tensors}
         files.append(File(folder / f"{stem}-{method.upper()}.gguf", writer, kinds))
-    write_gguf(files, tensors)
-    for file in files:
-        check_file(file.path, file.kinds, tensors)
+    made = dict(zip((file.path for file in files), methods, strict=True))
+    write_gguf(files, tensors, check and (lambda file, draft: check(draft, made[file.path], file.path)))
     write_bytes(folder / "Modelfile", modelfile([file.path.name for file in files], tokenizer).encode())
     return [file.path for file in files]
 
@@ -101,13 +105,32 @@ def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) 
     return Tensor(tensor_name(t.path, t.layer), shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
 
 
+class Files(list[Path]):
+    """The paths that were written; `differences`: how each of them computes, read back."""
+
+    def __init__(self):
+        super().__init__()
+        self.differences: dict[Path, Difference] = {}
+
+    def __str__(self) -> str:
+        said = {path: f"read back: {found}" for path, found in self.differences.items()}
+        return ", ".join(f"{path}: {said[path]}" if path in said else str(path) for path in self)
+
+
 def save_model_gguf(
-    model: Any, folder: Path, tokenizer: Any, methods: str | Sequence[str], imatrix_file: Path | str | None = None
-) -> list[Path]:
+    model: Any,
+    folder: Path,
+    tokenizer: Any,
+    methods: str | Sequence[str],
+    imatrix_file: Path | str | None = None,
+    *,
+    verify: bool = True,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Files:
     """`FastLanguageModel.save_pretrained_gguf`: the methods may have "lora", the adapter alone, among them."""
     methods = [methods] if isinstance(methods, str) else list(methods)
     merged = [method for method in methods if method.lower() != "lora"]
-    paths = []
+    paths = Files()
     if len(merged) < len(methods):
         alpha = (model.peft_config or {}).get("lora_alpha", 1.0)
         stem = file_stem(model.name_or_path)
@@ -116,6 +139,12 @@ def save_model_gguf(
     if merged or not methods:
         # Command-R reads further than its max_position_embeddings says
         context = model.hf_config.get("model_max_length") if model.decoder.config.model_type == "cohere" else None
+        found = comparison_rows(rows, tokenizer, model.decoder.config.vocab_size)
+        live = cache(lambda: ReadBack(model, found))  # computed when the first file is there
+
+        def check(draft: Path, method: str, path: Path) -> None:
+            paths.differences[path] = live().check(draft, method, path)
+
         options = {"name": model.name_or_path, "context": context, "imatrix_file": imatrix_file}
-        paths += save_gguf(model.decoder, folder, tokenizer, merged, **options)
+        paths += save_gguf(model.decoder, folder, tokenizer, merged, check=check if verify else None, **options)
     return paths

@@ -7,6 +7,7 @@ and UTF-8.
 """
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from fastft_jax.convert.gguf.encode import threads
 from fastft_jax.errors import CheckpointError
 
 _NUMBERS = dict(enumerate(("u1", "i1", "u2", "i2", "u4", "i4", "f4", "?"))) | {10: "u8", 11: "i8", 12: "f8"}
 _STRING, _ARRAY = 8, 9
+_PIECE = 1 << 20  # elements decoded at a time: what the decoder makes beside them stays small
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -48,8 +51,8 @@ class GGUFFile:
         """A value of the metadata: a number, a bool, a string, or a list of them."""
         return self._metadata.get(key, default)
 
-    def decode(self, name: str) -> Float[np.ndarray, "..."]:
-        """The tensor in float32."""
+    def decode(self, name: str, dtype: Any = np.float32) -> Float[np.ndarray, "..."]:
+        """The tensor, decoded in float32 by every core, and rounded to `dtype`."""
         tensor = self.tensors[name]
         try:
             raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.start)
@@ -58,9 +61,20 @@ class GGUFFile:
         if raw.size != tensor.nbytes:
             raise CheckpointError(f"{self.path} became shorter while {name} was read")
         if tensor.kind in PLAIN:
-            return raw.view(PLAIN[tensor.kind]).astype(np.float32).reshape(tensor.shape)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
-        return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
+            return raw.view(PLAIN[tensor.kind]).astype(dtype, copy=False).reshape(tensor.shape)
+        kind, out = gguf.GGMLQuantizationType[tensor.kind], np.empty(tensor.shape, dtype)
+        rows, flat = raw.reshape(-1, raw.size * tensor.shape[-1] // out.size), out.reshape(-1, tensor.shape[-1])
+        step = max(1, _PIECE // tensor.shape[-1])
+
+        def decode(at: int) -> None:
+            flat[at : at + step] = gguf.quants.dequantize(rows[at : at + step], kind)
+
+        if len(rows) <= step:
+            decode(0)
+        else:
+            with ThreadPoolExecutor(threads()) as pool:
+                list(pool.map(decode, range(0, len(rows), step)))
+        return out
 
 
 def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

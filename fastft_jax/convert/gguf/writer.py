@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -43,11 +44,14 @@ class File:
     kinds: dict[str, str]
 
 
-def write_gguf(files: Sequence[File], tensors: Sequence[Tensor]) -> None:
+def write_gguf(
+    files: Sequence[File], tensors: Sequence[Tensor], check: Callable[[File, Path], None] | None = None
+) -> None:
     """Writes several files of the same tensors in one pass, on every core; each appears whole or not at all.
 
-    The disk is asked first for the room that all of them take. Raises CheckpointError for a full disk, and for a
-    tensor with values that are not finite.
+    The disk is asked first for the room that all of them take. Every file's table is read back before it gets its
+    name, and `check(file, where it is until then)` is asked, which may raise. Raises CheckpointError for a full disk,
+    and for a tensor with values that are not finite.
     """
     heads = [_head(file, tensors) for file in files]
     sizes = [len(h) + sum(_padded(encoded_bytes(f.kinds[t.name], t.shape)) for t in tensors)
@@ -59,17 +63,30 @@ def write_gguf(files: Sequence[File], tensors: Sequence[Tensor]) -> None:
             raise CheckpointError(f"{folder} cannot be made: {error.strerror}; nothing was written") from error
         needed = sum(size for file, size in zip(files, sizes, strict=True) if file.path.parent == folder)
         check_free_space(folder, needed, f"GGUF in {folder}")
+
+    def looked_at(file: File, path: Path) -> None:
+        check_file(path, file.kinds, tensors)
+        if check is not None:
+            check(file, path)
+
     with ThreadPoolExecutor(threads()) as pool:
-        _nested(files, sizes, [], lambda fds: _write(files, heads, sizes, tensors, pool, fds))
+        _nested(files, sizes, [], lambda fds: _write(files, heads, sizes, tensors, pool, fds), looked_at)
 
 
-def _nested(files: Sequence[File], sizes: Sequence[int], fds: list[int], write: Callable[[list[int]], None]) -> None:
-    """`write` with a descriptor for each file, all of them temporary until it has returned."""
+def _nested(
+    files: Sequence[File],
+    sizes: Sequence[int],
+    fds: list[int],
+    write: Callable[[list[int]], None],
+    check: Callable[[File, Path], None],
+) -> None:
+    """`write` with a descriptor for each file, all of them temporary until it has returned; then `check` of each."""
     if len(fds) == len(files):
         write(fds)
         return
-    at = len(fds)
-    write_file(files[at].path, lambda fd: _nested(files, sizes, [*fds, fd], write), needed=sizes[at])
+    file, needed = files[len(fds)], sizes[len(fds)]
+    inner = partial(_nested, files, sizes, write=write, check=check)
+    write_file(file.path, lambda fd: inner(fds=[*fds, fd]), needed=needed, check=partial(check, file))
 
 
 def _write(files, heads, sizes, tensors: Iterable[Tensor], pool: Executor, fds: list[int]) -> None:
