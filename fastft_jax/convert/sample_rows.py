@@ -53,5 +53,6 @@ def _text_rows(tokenizer: Any, vocab: int) -> list[list[int]] | None:
     """TEXT in the tokenizer's ids; None where there is no tokenizer, or it is another model's."""
     if tokenizer is None:
         return None
-    rows = [tokenizer(text, truncation=True, max_length=ROW_LENGTH)["input_ids"] for text in TEXT]
+    # its own truncation would be written into tokenizer.json with the model
+    rows = [tokenizer(text, verbose=False)["input_ids"][:ROW_LENGTH] for text in TEXT]
     return rows if all(row and max(row) < vocab for row in rows) else None

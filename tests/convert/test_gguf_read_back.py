@@ -98,8 +98,10 @@ def test_an_adapter_alone_is_read_back_number_by_number(model, tmp_path, monkeyp
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_without_rows_a_few_sentences_are_compared_on_and_random_tokens_where_nothing_reads_them(repo, tokenizer):
+def test_without_rows_a_few_sentences_are_compared_on_and_random_tokens_where_nothing_reads_them(tokenizer):
+    before = tokenizer.backend_tokenizer.to_str()
     ids, mask = comparison_rows(None, tokenizer, 320)
+    assert tokenizer.backend_tokenizer.to_str() == before  # which is saved with the model
     assert ids.shape == (len(TEXT), ROW_LENGTH) and tokenizer.decode(ids[0]) == TEXT[0][: len(tokenizer.decode(ids[0]))]
     assert mask.all() and ids.max() < 300
     for other, vocab in ((None, 320), (tokenizer, 40)):  # another model's tokenizer knows ids that this model has not
