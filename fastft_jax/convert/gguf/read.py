@@ -132,9 +132,9 @@ class GGUFModel(GGUFFile):
     def info(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         path, layer = self._names[name]
         tensors = [self.tensors[tensor_name(part, layer)] for part in parts_of(path, self._config)]
-        rows, *columns = tensors[0].shape
+        kinds, (rows, *columns) = {tensor.kind for tensor in tensors}, tensors[0].shape
         rows += sum(tensor.shape[0] for tensor in tensors[1:])
-        return PLAIN.get(tensors[0].kind, PLAIN["F32"]), (rows, *columns)
+        return PLAIN.get(kinds.pop() if len(kinds) == 1 else "F32", PLAIN["F32"]), (rows, *columns)
 
     def read(self, name: str) -> np.ndarray:
         path, layer = self._names[name]
