@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_gguf_export
 import test_internlm
+import transformers
 from released import RELEASED
 
 from fastft_jax.convert.gguf.architectures import add_hyperparameters, architecture_of, extra_tensors
@@ -45,7 +46,8 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_metadata_come_back_as_the_same_decoder(name, tmp_path):
-    """The decoder of the config.json that it was written from, and llama.cpp computes."""
+    """The decoder of the config.json that it was written from, and llama.cpp computes. transformers reads the new
+    config.json, which merged models get, as the same decoder, too."""
     values = test_internlm.INTERNLM2 if name == "internlm2" else test_gguf_export.tiny_config(name)
     config, _ = config_from_hf(values | OWN[name] | {"vocab_size": gguf_tiny.VOCABULARY})
     if config.rope.rope_type == "yarn":  # what no value means, which a file says
@@ -58,7 +60,11 @@ def test_metadata_come_back_as_the_same_decoder(name, tmp_path):
         lambda writer: add_hyperparameters(writer, config, architecture),
         [*extra_tensors(config), *head],
     )
-    assert config_from_hf(file.hf_config())[0] == config
+    found = file.hf_config()
+    assert config_from_hf(found)[0] == config
+    if name != "internlm2":  # no class for it
+        theirs = transformers.AutoConfig.for_model(**found).to_dict()
+        assert config_from_hf(theirs)[0] == config
 
 
 def as_converted(writer: gguf.GGUFWriter, hf: dict) -> None:

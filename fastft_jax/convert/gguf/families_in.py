@@ -78,7 +78,11 @@ def _phi3(file: "GGUFModel", values: Values) -> Values:
 def _olmo2(file: "GGUFModel", values: Values) -> Values:
     if not file.key("attention.sliding_window", 0):
         return {"model_type": "olmo2"}
-    return {"model_type": "olmo3"} | _windows(file, values, 4, 0)
+    theta = values["rope_theta"]
+    full = {"rope_type": "default", "rope_theta": theta} | (file.rope_scaling(values) or {})
+    local = {"rope_type": "default", "rope_theta": theta}  # transformers has a default of its own here
+    rope = {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+    return {"model_type": "olmo3"} | _windows(file, values, 4, 0) | rope
 
 
 def _cohere(file: "GGUFModel", values: Values) -> Values:

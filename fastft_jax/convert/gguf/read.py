@@ -82,10 +82,12 @@ class GGUFModel(GGUFFile):
         else:
             values["rms_norm_eps"] = self.key("attention.layer_norm_rms_epsilon")
         values |= READABLE[self.architecture](self, values)
-        scaling = values.get("rope_scaling") or self._rope_scaling(values)
-        return values | ({"rope_scaling": scaling} if scaling else {})
+        if "rope_scaling" not in values and "rope_parameters" not in values:
+            values["rope_scaling"] = self.rope_scaling(values)
+        return {key: value for key, value in values.items() if key != "rope_scaling" or value}
 
-    def _rope_scaling(self, values: dict[str, Any]) -> dict[str, Any] | None:
+    def rope_scaling(self, values: dict[str, Any]) -> dict[str, Any] | None:
+        """config.json's table of that name, None for no scaling; CheckpointError for one that is not known here."""
         kind = self.key("rope.scaling.type", "none")
         if kind == "linear":
             return {"rope_type": kind, "factor": self.key("rope.scaling.factor")}
