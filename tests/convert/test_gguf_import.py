@@ -117,7 +117,10 @@ def rewritten(source, target, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' cannot be read \\(can be: llama, qwen2, qwen3\\)"),
+        (
+            {"general.architecture": "mamba"},
+            "architecture 'mamba' cannot be read \\(can be: llama, qwen2, qwen3, gemma, ",
+        ),
         ({"general.type": "adapter"}, "holds a GGUF adapter, not a model"),
         ({"llama.expert_count": 8}, "'llama' with experts cannot be read"),
         ({"split.count": 3}, "is one part of 3; join them"),

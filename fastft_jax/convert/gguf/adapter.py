@@ -15,6 +15,7 @@ from flax import nnx
 
 from fastft_jax.convert.gguf.architectures import architecture_of, heads_of, interleave, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
+from fastft_jax.convert.gguf.fused import parts_of
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
@@ -46,11 +47,12 @@ def save_gguf_adapter(decoder: Decoder, path: Path, *, name: str, alpha: float) 
             factor = scaling * a.shape[-2] / alpha
             if not math.isclose(factor, 1.0, rel_tol=1e-9):
                 b = b * np.float32(factor)
-            if architecture.permuted and module in ("self_attn.q_proj", "self_attn.k_proj"):
-                b = interleave(b, heads_of(module, config))
-            pair = ("lora_a", a), ("lora_b", b)
-            base = tensor_name(f"{module}.weight", layer)
-            tensors += [Tensor(f"{base}.{half}", w.shape, partial(np.asarray, w)) for half, w in pair]
+            for weight, rows in parts_of(f"{module}.weight", config).items():
+                part, own = weight.removesuffix(".weight"), b if isinstance(rows, slice) else b[rows]
+                if architecture.permuted and part in ("self_attn.q_proj", "self_attn.k_proj"):
+                    own = interleave(own, heads_of(part, config))
+                pair, base = (("lora_a", a), ("lora_b", own)), tensor_name(weight, layer)
+                tensors += [Tensor(f"{base}.{half}", w.shape, partial(np.asarray, w)) for half, w in pair]
     if not tensors:
         raise ConfigError("this model has no adapter to export; call FastLanguageModel.get_peft_model first")
     writer = gguf.GGUFWriter(None, architecture.name)

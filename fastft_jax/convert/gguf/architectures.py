@@ -49,6 +49,9 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", longrope=True),
     "phi": Architecture("phi2", layer_norm=True, biases=_ALL, activation=_GELU),
     "granite": Architecture("granite", permuted=True, scales=True, biases=_ALL),
+    "granitemoehybrid": Architecture("granite", permuted=True, scales=True, biases=_ALL),
+    "internlm2": Architecture("internlm2", permuted=True, biases=_QKV),
+    "internlm3": Architecture("llama", permuted=True, biases=_ALL),
     "smollm3": Architecture("smollm3", permuted=True),
     "olmo2": Architecture("olmo2"),
     "olmo3": Architecture("olmo2", window_every=4),
@@ -275,9 +278,9 @@ def _differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
         yield "rotary embedding in layers without a window"
     if name == "olmo2" and c.second_rope is not None and c.second_rope.rope_type != "default":
         yield "scaled rotary embedding in layers with a window"
-    if name == "qwen2moe" and c.tie_word_embeddings:
+    if name in ("qwen2moe", "internlm2") and c.tie_word_embeddings:
         yield "a head that is tied to the embedding"
-    if name in ("granite", "qwen2moe") and c.head_dim * c.num_attention_heads != c.hidden_size:
+    if name in ("granite", "internlm2", "qwen2moe") and c.head_dim * c.num_attention_heads != c.hidden_size:
         yield f"head_dim={c.head_dim}"
     if len({w for w in c.layer_windows if w}) > 1:
         yield "windows of different lengths"

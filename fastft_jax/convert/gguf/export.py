@@ -1,7 +1,7 @@
 """A model, merged with its adapter, as GGUF files of one or several quantisation methods."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jaxtyping import Float
 
 from fastft_jax.convert.atomic import write_bytes
 from fastft_jax.convert.gguf import recipes
@@ -22,6 +23,7 @@ from fastft_jax.convert.gguf.architectures import (
     tensor_name,
     to_llama_cpp,
 )
+from fastft_jax.convert.gguf.fused import Rows, parts_of
 from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
 from fastft_jax.convert.gguf.modelfile import modelfile
 from fastft_jax.convert.gguf.read_back import ReadBack
@@ -63,7 +65,7 @@ def save_gguf(
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     layout = merged_layout(decoder)
     tensors = [Tensor(n, w.shape, partial(np.asarray, w)) for n, w in extra_tensors(config)]
-    tensors += [_tensor(t, config, architecture) for t in layout]
+    tensors += [tensor for t in layout for tensor in _tensors(t, config, architecture)]
     if imatrix_file is not None:
         means = read_imatrix(imatrix_file)
         check_imatrix(imatrix_file, means, {t.name: t.shape for t in tensors})
@@ -100,9 +102,15 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
 
 
-def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Tensor:
-    shape = shape_there(t.path, t.shape)
-    return Tensor(tensor_name(t.path, t.layer), shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
+def _tensors(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Iterator[Tensor]:
+    """One for most; of a linear that llama.cpp has in parts each of them, which reads the whole again."""
+
+    def part(path: str, rows: Rows) -> Float[np.ndarray, "..."]:
+        return to_llama_cpp(path, t.read()[rows], config, architecture)
+
+    for path, rows in parts_of(t.path, config).items():
+        shape = t.shape if isinstance(rows, slice) else (len(rows), *t.shape[1:])
+        yield Tensor(tensor_name(path, t.layer), shape_there(path, shape), partial(part, path, rows))
 
 
 class Files(list[Path]):

@@ -8,14 +8,16 @@ import numpy as np
 
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp, tensor_name
 from fastft_jax.convert.gguf.encode import TYPES
+from fastft_jax.convert.gguf.families_in import READABLE
 from fastft_jax.convert.gguf.file import PLAIN, GGUFFile
+from fastft_jax.convert.gguf.fused import joined, parts_of
 from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig, RopeConfig
 from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.rope import llama3_divisors
 
-READABLE = ("llama", "qwen2", "qwen3")  # GGUF's names of the architectures that can be read
+_ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 class GGUFModel(GGUFFile):
@@ -43,8 +45,7 @@ class GGUFModel(GGUFFile):
                 raise CheckpointError(
                     f"{path}: {name} is of type {tensor.kind}, which cannot be read (can be: {', '.join(TYPES)})"
                 )
-        self._names: dict[str, str] = {}
-        self._ours: dict[str, str] = {}
+        self._names: dict[str, tuple[str, int | None]] = {}
 
     def key(self, key: str, default: Any = None) -> Any:
         """A value of the metadata under the architecture's own name; CheckpointError where there is no default."""
@@ -59,10 +60,9 @@ class GGUFModel(GGUFFile):
         if "token_embd.weight" not in self.tensors:
             raise CheckpointError(f"{self.path} has no token_embd.weight: it is not a whole model")
         head_dim = self.key("attention.key_length", width // heads)
-        if self.key("rope.dimension_count", head_dim) != head_dim:
+        if self.architecture != "phi3" and self.key("rope.dimension_count", head_dim) != head_dim:
             raise CheckpointError(f"{self.path}: rope.dimension_count is not the head's width of {head_dim}")
         values = {
-            "model_type": self.architecture,
             "vocab_size": self.tensors["token_embd.weight"].shape[0],
             "hidden_size": width,
             "intermediate_size": self.key("feed_forward_length"),
@@ -70,20 +70,24 @@ class GGUFModel(GGUFFile):
             "num_attention_heads": heads,
             "num_key_value_heads": self.key("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "rms_norm_eps": self.key("attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": self.key("context_length"),
             "rope_theta": self.key("rope.freq_base", 10_000.0),
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
-        if self.architecture == "llama":
-            values["attention_bias"] = "blk.0.attn_q.bias" in self.tensors
-            values["mlp_bias"] = "blk.0.ffn_up.bias" in self.tensors
-        scaling = self._rope_scaling(values)
-        return values | ({"rope_scaling": scaling} if scaling else {})
+        if self.architecture in ("command-r", "cohere2"):
+            values["layer_norm_eps"] = self.key("attention.layer_norm_epsilon")
+        else:
+            values["rms_norm_eps"] = self.key("attention.layer_norm_rms_epsilon")
+        values |= READABLE[self.architecture](self, values)
+        if "rope_scaling" not in values and "rope_parameters" not in values:
+            values["rope_scaling"] = self.rope_scaling(values)
+        return {key: value for key, value in values.items() if key != "rope_scaling" or value}
 
-    def _rope_scaling(self, values: dict[str, Any]) -> dict[str, Any] | None:
+    def rope_scaling(self, values: dict[str, Any]) -> dict[str, Any] | None:
+        """config.json's table of that name, None for no scaling; CheckpointError for one that is not known here."""
         kind = self.key("rope.scaling.type", "none")
         if kind == "linear":
             return {"rope_type": kind, "factor": self.key("rope.scaling.factor")}
@@ -113,13 +117,14 @@ class GGUFModel(GGUFFile):
     def bind(self, config: DecoderConfig, names: NameTable) -> None:
         """Gives the tensors their Hugging Face names; CheckpointError for one that the decoder has no place for."""
         self._config, self._architecture = config, ARCHITECTURES[config.model_type]
+        used: set[str] = set()
         for request in tensor_requests(config):
             for layer in request.layers or (None,):
-                theirs = tensor_name(request.path, layer)
-                if theirs in self.tensors:
-                    self._names[names.hf_name(request.path, layer)] = theirs
-                    self._ours[theirs] = request.path
-        left = self.tensors.keys() - self._ours.keys() - {"rope_freqs.weight"}
+                theirs = {tensor_name(part, layer) for part in parts_of(request.path, config)}
+                if theirs <= self.tensors.keys():
+                    self._names[names.hf_name(request.path, layer)] = request.path, layer
+                    used |= theirs
+        left = self.tensors.keys() - used - _ROPE_TENSORS
         if left:
             raise CheckpointError(f"{self.path} holds {min(left)!r}, which its metadata does not call for")
 
@@ -127,12 +132,19 @@ class GGUFModel(GGUFFile):
         return name in self._names
 
     def info(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        tensor = self.tensors[self._names[name]]
-        return PLAIN.get(tensor.kind, PLAIN["F32"]), tensor.shape
+        path, layer = self._names[name]
+        tensors = [self.tensors[tensor_name(part, layer)] for part in parts_of(path, self._config)]
+        kinds, (rows, *columns) = {tensor.kind for tensor in tensors}, tensors[0].shape
+        rows += sum(tensor.shape[0] for tensor in tensors[1:])
+        return PLAIN.get(kinds.pop() if len(kinds) == 1 else "F32", PLAIN["F32"]), (rows, *columns)
 
     def read(self, name: str) -> np.ndarray:
-        theirs = self._names[name]
-        w = from_llama_cpp(self._ours[theirs], self.decode(theirs), self._config, self._architecture)
+        path, layer = self._names[name]
+
+        def part(path: str) -> np.ndarray:
+            return from_llama_cpp(path, self.decode(tensor_name(path, layer)), self._config, self._architecture)
+
+        w = joined(path, self._config, part)
         return np.ascontiguousarray(w.astype(self.info(name)[0], copy=False))
 
     def path_of(self, name: str) -> Path:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
+from fastft_jax.convert.gguf.fused import joined
 from fastft_jax.convert.gguf.recipes import METHODS
 from fastft_jax.convert.read_back import Difference, compare, layered_logits
 from fastft_jax.convert.save_merged import difference_bound, live_logits
@@ -55,9 +56,12 @@ def file_logits(
     config = replace(config, tie_word_embeddings="output.weight" not in file.tensors)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        name = tensor_name(path, None if layers is None else layers[0])
-        whole = file.decode(name, np.float32 if len(shape) == 1 else np.dtype(dtype))  # 1 + w is not to be rounded
-        return jnp.asarray(from_llama_cpp(path, whole, config, architecture).reshape(shape), dtype)
+        def part(path: str):
+            name = tensor_name(path, None if layers is None else layers[0])
+            whole = file.decode(name, np.float32 if len(shape) == 1 else np.dtype(dtype))  # 1 + w is not to be rounded
+            return from_llama_cpp(path, whole, config, architecture)
+
+        return jnp.asarray(joined(path, config, part).reshape(shape), dtype)
 
     return layered_logits(config, load, input_ids, mask, dtype)
 

@@ -147,7 +147,8 @@ class HFConfig:
                 given = given.get(layer_type) or {}
             scaling |= given
         if partial is not None:
-            partial = scaling.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor") or partial
+            outer = self.get("partial_rotary_factor")  # transformers 5 writes both
+            partial = scaling.pop("partial_rotary_factor", None) or outer or partial
         theta = scaling.pop("rope_theta", None) or theta or default_theta
         legacy_type = scaling.pop("type", None)
         kind = scaling.pop("rope_type", None) or legacy_type or "default"
