@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.atomic import sync_folder, write_bytes
-from fastft_jax.convert.merged import Weights, entries_16bit, layout
+from fastft_jax.convert.fused_entries import fused_entries
+from fastft_jax.convert.merged import Entry, Weights, entries_16bit, layout
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.convert.safetensors_writer import write_sharded
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import standalone
 
 _DRAFT = ".model.new"
@@ -45,7 +47,7 @@ def write_model(
     values, names = standalone(hf_config)
     values = {k: v for k, v in values.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     values["torch_dtype"] = np.dtype(decoder.dtype).name
-    entries = entries_16bit(Weights(decoder, names), names, decoder.dtype)
+    entries = checkpoint_entries(decoder, names, decoder.dtype)
     draft = folder / _DRAFT
     try:
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
@@ -67,6 +69,12 @@ def write_model(
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def checkpoint_entries(decoder: Decoder, names: NameTable, dtype: Any) -> dict[str, Entry]:
+    """Every tensor as the folder holds it: the experts of a layer in one, where those of the family are."""
+    entries = entries_16bit(Weights(decoder, names), names, dtype)
+    return fused_entries(entries) if names.fused_experts else entries
+
+
 def verify_model(folder: Path | str, decoder: Decoder, hf_config: dict[str, Any]) -> str:
     """Read a folder of `write_model` back: every tensor must be the live one, rounded to its dtype, bit for bit.
 
@@ -74,7 +82,7 @@ def verify_model(folder: Path | str, decoder: Decoder, hf_config: dict[str, Any]
     """
     checkpoint = Checkpoint.open(Path(folder))
     names = standalone(hf_config)[1]
-    entries = entries_16bit(Weights(decoder, names), names, decoder.dtype)
+    entries = checkpoint_entries(decoder, names, decoder.dtype)
     if checkpoint.missing(entries) or checkpoint.unexpected(entries):
         raise CheckpointError(f"{folder} does not hold the tensors of this model")
     for name, entry in entries.items():

@@ -18,8 +18,7 @@ from test_parity import TOLERANCE, load, loss_and_gradient, padded_batch, torch_
 
 from fastft_jax import FastLanguageModel
 from fastft_jax.convert import hf_writer
-from fastft_jax.convert.hf_writer import write_model
-from fastft_jax.convert.merged import Weights, entries_16bit
+from fastft_jax.convert.hf_writer import checkpoint_entries, write_model
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.active_kernels import base_in_use
 from fastft_jax.models.full import train_everything
@@ -35,17 +34,23 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def tensors(decoder, names) -> dict[str, np.ndarray]:
     """Every weight under transformers' name."""
-    return {name: entry.read() for name, entry in entries_16bit(Weights(decoder, names), names, np.float32).items()}
+    return {name: entry.read() for name, entry in checkpoint_entries(decoder, names, np.float32).items()}
 
 
 # plain; sandwich norms by 1 + w, tied, caps; LayerNorm, biases, a head's bias; norms of heads; experts, a shared one
-# with its gate; the other router
-@pytest.mark.parametrize("name", ["llama-2", "gemma-2", "phi-2", "qwen-3", "qwen-2-moe", "phi-3.5-moe"])
+# with its gate; the other router; sinks, biases of experts and routers, experts in one tensor; latent attention with a
+# router's buffer
+FAMILIES = ["llama-2", "gemma-2", "phi-2", "qwen-3", "qwen-2-moe", "phi-3.5-moe", "gpt-oss", "deepseek-v3"]
+CHANGES = {"qwen-2-moe": dict(mlp_only_layers=[]), "gpt-oss": dict(num_hidden_layers=1)}
+CHANGES["deepseek-v3"] = dict(num_hidden_layers=1, first_k_dense_replace=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_gradient_of_every_parameter_is_transformers(name, tmp_path):
     """float32 on both sides: only the order of sums differs, a few 1e-6 of gradients up to 3 in size."""
     balanced = dict(output_router_logits=True, router_aux_loss_coef=0.5) if name in tiny.EXPERTS else {}
-    changes = dict(mlp_only_layers=[]) if name == "qwen-2-moe" else {}
-    theirs = tiny.make_model(name, num_hidden_layers=2, **balanced, **changes)
+    changes = CHANGES.get(name, {})
+    theirs = tiny.make_model(name, **{"num_hidden_layers": 2} | balanced | changes)
     model = load(tiny.save(theirs, tmp_path), full_finetuning=True)
     ids, mask = padded_batch()
     ids = np.maximum(ids, 1)  # torch leaves out the gradient of looking up a family's padding token, 0 here
@@ -59,10 +64,12 @@ def test_the_gradient_of_every_parameter_is_transformers(name, tmp_path):
     # under the names that transformers gives a checkpoint's tensors
     theirs.save_pretrained(tmp_path / "gradient", state_dict={n: p.grad for n, p in theirs.named_parameters()})
     named = safetensors.numpy.load_file(tmp_path / "gradient" / "model.safetensors")
-    assert grads.keys() == named.keys()
+    buffers = {n: b for n, b in grads.items() if n.endswith("e_score_correction_bias")}  # no parameters there, either
+    assert grads.keys() - buffers.keys() == named.keys()
     for parameter, value in named.items():
         np.testing.assert_allclose(grads[parameter], value, atol=TOLERANCE, rtol=TOLERANCE, err_msg=parameter)
-    assert model.num_parameters() == (theirs.num_parameters(),) * 2
+    trained = theirs.num_parameters()
+    assert model.num_parameters() == (trained, trained + sum(b.size for b in buffers.values()))
     if name in tiny.EXPERTS:  # saved again: every tensor as transformers wrote it
         model.save_pretrained(tmp_path / "saved")
         before, after = (safetensors.numpy.load_file(p / "model.safetensors") for p in (tmp_path, tmp_path / "saved"))
@@ -197,8 +204,8 @@ def test_what_full_finetuning_cannot_be_combined_with_is_refused(base, run, tmp_
     with pytest.raises(ConfigError, match="loaded from"):
         full(base).save_pretrained(base)
     strange = nnx.clone(load(base).decoder)
-    strange.norm.sinks = Frozen(jnp.zeros(2))
-    with pytest.raises(NotImplementedError, match="not built yet for sinks of RMSNorm"):
+    strange.norm.gains = Frozen(jnp.zeros(2))
+    with pytest.raises(NotImplementedError, match="not built yet for gains of RMSNorm"):
         train_everything(strange)
     onto_itself = tiny_run.trainer(full(folder), folder, ROWS, **RUN, overwrite_output_dir=True)
     with pytest.raises(ConfigError, match="loaded from"):  # at the start, not at the end
