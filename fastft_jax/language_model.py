@@ -126,8 +126,6 @@ class FastLanguageModel(Adapters):
                 "rope_scaling": rope_scaling,
             }
         config, names = config_from_hf(values)
-        if full_finetuning and names.fused_experts:
-            raise NotImplementedError(f"full_finetuning=True is not built yet for {config.model_type} models")
         if max_seq_length > config.max_position_embeddings and config.rope.rope_type == "default":
             warnings.warn(
                 f"max_seq_length={max_seq_length} is beyond the {config.max_position_embeddings} positions this model "

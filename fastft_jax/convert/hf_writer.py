@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.atomic import sync_folder, write_bytes
-from fastft_jax.convert.merged import Weights, entries_16bit, layout
+from fastft_jax.convert.fused_entries import fused_entries
+from fastft_jax.convert.merged import Entry, Weights, entries_16bit, layout
+from fastft_jax.convert.model_files import own_code
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.convert.safetensors_writer import write_sharded
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.decoder import Decoder
+from fastft_jax.models.families.names import NameTable
 from fastft_jax.models.families.registry import standalone
 
 _DRAFT = ".model.new"
@@ -31,8 +34,9 @@ def write_model(
     """config.json and (sharded) safetensors in the decoder's dtype, under transformers' names; memory: one tensor.
 
     `hf_config` is the config.json that the decoder was read from; a decoder out of a multimodal checkpoint is saved as
-    the text model that it is. `source` is the folder it was read from: its generation_config.json is copied, and
-    writing into it is refused. Everything is written under another name first, so a full disk loses nothing.
+    the text model that it is. `source` is the folder it was read from: its generation_config.json and the model's own
+    code are copied, and writing into it is refused. Everything is written under another name first, so a full disk
+    loses nothing.
     Raises ConfigError for the source folder, CheckpointError where it cannot be written, or exists (not `overwrite`).
     """
     folder = Path(folder).expanduser()
@@ -45,14 +49,14 @@ def write_model(
     values, names = standalone(hf_config)
     values = {k: v for k, v in values.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
     values["torch_dtype"] = np.dtype(decoder.dtype).name
-    entries = entries_16bit(Weights(decoder, names), names, decoder.dtype)
+    entries = checkpoint_entries(decoder, names, decoder.dtype)
     draft = folder / _DRAFT
     try:
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         draft.mkdir(parents=True)
         write_sharded(draft, layout(entries), lambda name: entries[name].read(), max_shard_size)
-        for name in _COPIED:
-            if source is not None and (Path(source) / name).is_file():
+        for name in () if source is None else (*_COPIED, *own_code(Path(source))):
+            if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, draft / name)
         (folder / "config.json").unlink(missing_ok=True)  # from here to the end no reader takes the folder for a model
         for old in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")]:
@@ -67,6 +71,12 @@ def write_model(
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def checkpoint_entries(decoder: Decoder, names: NameTable, dtype: Any) -> dict[str, Entry]:
+    """Every tensor as the folder holds it: the experts of a layer in one, where those of the family are."""
+    entries = entries_16bit(Weights(decoder, names), names, dtype)
+    return fused_entries(entries) if names.fused_experts else entries
+
+
 def verify_model(folder: Path | str, decoder: Decoder, hf_config: dict[str, Any]) -> str:
     """Read a folder of `write_model` back: every tensor must be the live one, rounded to its dtype, bit for bit.
 
@@ -74,7 +84,7 @@ def verify_model(folder: Path | str, decoder: Decoder, hf_config: dict[str, Any]
     """
     checkpoint = Checkpoint.open(Path(folder))
     names = standalone(hf_config)[1]
-    entries = entries_16bit(Weights(decoder, names), names, decoder.dtype)
+    entries = checkpoint_entries(decoder, names, decoder.dtype)
     if checkpoint.missing(entries) or checkpoint.unexpected(entries):
         raise CheckpointError(f"{folder} does not hold the tensors of this model")
     for name, entry in entries.items():

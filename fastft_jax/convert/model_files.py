@@ -57,12 +57,12 @@ def copy_beside(folder: Path, source: Path) -> None:
     """generation_config.json, a processor's settings and a model's own code, where the source has them."""
     if not source.is_dir():
         warnings.warn(f"{source} is gone: generation_config.json is not copied from it", stacklevel=2)
-    for name in (*BESIDE, *_own_code(source)):
+    for name in (*BESIDE, *own_code(source)):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
-def _own_code(source: Path) -> list[str]:
+def own_code(source: Path) -> list[str]:
     """The files that config.json's auto_map names ("modeling_x.XForCausalLM"), for transformers; never run here."""
     path = source / "config.json"
     named = json.loads(path.read_bytes()).get("auto_map") if path.is_file() else None

@@ -37,7 +37,8 @@ class KVCache(NamedTuple):
 class Attention(nnx.Module):
     """`softmax(scale q k^T) v`, causal, with rotary positions; optional RMSNorm of q and k, per head or of all at once.
 
-    sinks [L, N], where there are some, are logits in the softmax's denominator only; frozen.
+    sinks [L, N], where there are some, are logits in the softmax's denominator only; they train in full
+    fine-tuning alone.
     Sources: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries); Xiao et al. 2023, arXiv:2309.17453 (sinks).
     """
 

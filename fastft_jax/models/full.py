@@ -6,17 +6,18 @@ from flax import nnx
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.layers import Frozen
 
+LEAVES = ("weight", "bias", "sinks")
 BUFFERS = ("e_score_correction_bias",)  # of a router: not trained by gradient in transformers either
 
 
 def train_everything(decoder: Decoder) -> None:
-    """Turn every frozen weight and bias into an `nnx.Param` in float32, in place; none may be quantised.
+    """Turn every frozen weight, bias and attention sink into an `nnx.Param` in float32, in place.
 
-    Activations and products stay in the decoder's dtype: weights are cast where they are used. NotImplementedError for
-    a leaf of another kind, which would be left behind.
+    None may be quantised. Activations and products stay in the decoder's dtype: weights are cast where they are used.
+    NotImplementedError for a leaf of another kind, which would be left behind.
     """
     for _, module in list(nnx.iter_modules(decoder)):
-        for name in ("weight", "bias"):
+        for name in LEAVES:
             variable = getattr(module, name, None)
             if isinstance(variable, Frozen):
                 setattr(module, name, nnx.Param(jnp.asarray(variable.get_value(), jnp.float32)))

@@ -225,6 +225,8 @@ def _finished(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Arra
 def _with_biases(y: Float[Array, "B T N"], linears: Sequence[Linear]) -> Float[Array, "B T N"]:
     if all(m.bias is None and m.lora_bias is None for m in linears):
         return y
+    if any(isinstance(m.bias, nnx.Param) for m in linears):  # in 16 bits the gradient would be a sum of 16 bits
+        return (y + jnp.concatenate([_bias_of(m, jnp.float32) for m in linears])).astype(y.dtype)
     return y + jnp.concatenate([_bias_of(m, y.dtype) for m in linears])
 
 

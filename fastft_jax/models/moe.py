@@ -5,6 +5,7 @@ arXiv:1701.06538; dropless as in Gale et al. 2022, arXiv:2211.15841.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import Frozen, LayerNorm, RMSNorm, project_experts
+from fastft_jax.models.layers import ExpertLinear, Frozen, LayerNorm, RMSNorm, project_experts
 from fastft_jax.models.mlp import GatedMLP
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.router import route, router_load
@@ -63,7 +64,7 @@ collect.defvjp(
 class Experts(nnx.Module):
     """E gated feed-forward layers, `down_e(act(gate_e(x)) * up_e(x))`; weights [L, E, F, D] and [L, E, D, F].
 
-    Gate and up may be one linear, [L, E, 2F, D]. Biases are [L, E, N], and frozen.
+    Gate and up may be one linear, [L, E, 2F, D]. Biases are [L, E, N], and train in full fine-tuning alone.
     """
 
     def __init__(self, config: DecoderConfig, load):
@@ -87,20 +88,32 @@ class Experts(nnx.Module):
         linears = (self.gate_up_proj,) if self.fused else (self.gate_proj, self.up_proj)
         gate_up = project_experts(linears, rows, sizes, keep)
         if linears[0].bias is not None:
-            gate_up = gate_up + jnp.concatenate([m.bias.get_value() for m in linears], axis=1)[expert].astype(x.dtype)
+            gate_up = gate_up + bias_rows(linears, expert).astype(x.dtype)
         act = glu(keep("gate_up", gate_up), activation=self.activation)
         # Weighted before the last product and not behind it: its result is then not needed for the weights' gradient.
         weight = weights.reshape(-1)[order][:, None]
         act = (act.astype(jnp.float32) * weight).astype(act.dtype)
         out = project_experts((self.down_proj,), act, sizes, keep)
         if self.down_proj.bias is not None:
-            out = out + (self.down_proj.bias.get_value()[expert].astype(jnp.float32) * weight).astype(out.dtype)
+            out = out + (bias_rows((self.down_proj,), expert).astype(jnp.float32) * weight).astype(out.dtype)
         return collect(k, out, order, place)
+
+
+def bias_rows(linears: Sequence[ExpertLinear], expert: Int[Array, "Mk"]) -> Float[Array, "Mk N"]:
+    """Of each row its expert's biases, those of several linears side by side.
+
+    Trained ones, float32, are picked by a product with ones and zeros: exact, and its derivative, the sum over an
+    expert's rows, is a product in float32 and no scatter of colliding rows.
+    """
+    biases = jnp.concatenate([m.bias.get_value() for m in linears], axis=1)
+    if not isinstance(linears[0].bias, nnx.Param):
+        return biases[expert]
+    return contract(jax.nn.one_hot(expert, biases.shape[0], dtype=biases.dtype), biases, 1, 0, biases.dtype)
 
 
 class Router(nnx.Module):
     """`x W^T + b`, in float32 if so configured; weight [L, N, D] and bias [L, N], if there is one, stay in 16 or 32
-    bits and take no adapter: the weight trains in full fine-tuning alone.
+    bits and take no adapter: both train in full fine-tuning alone.
 
     e_score_correction_bias [L, N] (checkpoints' name), where there is one, is for `route`, and never trained.
     """
@@ -119,7 +132,10 @@ class Router(nnx.Module):
             logits = trained_linear(x.astype(dtype), [weight])
         else:
             logits = contract(x, weight.astype(x.dtype), 1, 1, dtype)
-        return logits if self.bias is None else logits + self.bias.get_value().astype(dtype)
+        if self.bias is None:
+            return logits
+        # a trained bias, float32, is added in float32: in 16 bits its gradient would be a sum of 16 bits
+        return (logits + self.bias.get_value()).astype(dtype)
 
     @property
     def correction(self) -> Float[Array, "N"] | None:

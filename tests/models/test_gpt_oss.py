@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -12,6 +13,8 @@ import test_generate
 import test_parity
 import tiny
 import torch
+import transformers
+from flax import nnx
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fastft_jax import FastLanguageModel
@@ -166,10 +169,25 @@ def test_an_adapter_made_by_peft_for_some_layers_is_read_and_written_again(case,
     assert (written["rank_pattern"], written["target_modules"]) == ({}, ["q_proj"])
 
 
+@pytest.mark.filterwarnings("ignore:.*no tokenizer")
+def test_full_finetuning_reads_mxfp4_and_writes_the_16_bit_tensors_that_transformers_loads(case, tmp_path):
+    """Nothing is trained in between (test_full_finetuning.py has the gradients), so every tensor is the one decoded."""
+    model, folder, _ = case
+    ours = FastLanguageModel.from_pretrained(folder, dtype="bfloat16", full_finetuning=True)[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(ours.decoder))} == {jnp.dtype("float32")}
+    ours.save_pretrained(tmp_path)
+    assert "equal to the bit" in ours.verify_adapter(tmp_path)
+    assert not {"quantization_config", "dtype"} & set(json.loads((tmp_path / "config.json").read_text()))
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded, decoded = dict(theirs.named_parameters()), dict(model.named_parameters())
+    assert loaded.keys() == decoded.keys()
+    for name, value in decoded.items():
+        assert torch.equal(loaded[name], value.bfloat16()), name
+
+
 def test_users_may_write_the_names_of_llamas_projections(case):
-    _, folder, ours = case
-    with pytest.raises(NotImplementedError, match="full_finetuning=True is not built yet for gpt_oss"):
-        test_parity.load(folder, full_finetuning=True)
+    _, _, ours = case
     with pytest.raises(NotImplementedError, match="experts have biases"):
         FastLanguageModel.get_peft_model(ours, r=4, bias="all")
     FastLanguageModel.get_peft_model(ours, r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])

@@ -121,7 +121,12 @@ def test_an_internlm2_adapter_has_the_logits_and_gradients_of_a_rearranged_llama
     assert again.keys() == merged.keys()
     for name, value in merged.items():  # float32 products of rank 4, in another order
         np.testing.assert_allclose(again[name], value.detach().numpy(), atol=1e-6, rtol=1e-6, err_msg=name)
-    assert (tmp_path / "merged" / "modeling_internlm2.py").exists() and not (tmp_path / "merged" / "train.py").exists()
+    full = test_parity.load(folder, full_finetuning=True)  # not trained: the same tensors again
+    full.save_pretrained(tmp_path / "full")
+    again = safetensors.numpy.load_file(tmp_path / "full" / "model.safetensors")
+    assert again.keys() == base.keys() and all(np.array_equal(again[name], value) for name, value in base.items())
+    for saved in ("merged", "full"):
+        assert (tmp_path / saved / "modeling_internlm2.py").exists() and not (tmp_path / saved / "train.py").exists()
 
 
 def test_new_adapters_on_internlm2_leave_its_head_alone():
