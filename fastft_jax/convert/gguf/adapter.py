@@ -15,6 +15,7 @@ from flax import nnx
 
 from fastft_jax.convert.gguf.architectures import architecture_of, heads_of, interleave, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
+from fastft_jax.convert.gguf.split_tensors import parts_of, split
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
@@ -34,6 +35,11 @@ def save_gguf_adapter(decoder: Decoder, path: Path, *, name: str, alpha: float) 
             rows = linear.adapted_rows
             if not linear.adapted or (rows is not None and row not in rows):
                 continue
+            if module in architecture.without_lora:
+                raise ConfigError(
+                    f"a GGUF adapter: llama.cpp's {architecture.name!r} ignores LoRA on {module.rpartition('.')[2]}: "
+                    "export the merged model, or train without it in target_modules"
+                )
             at = row if rows is None else rows.index(row)
             rank = slice(None) if linear.ranks is None else slice(linear.ranks[at])
             a, b = (np.asarray(leaf.get_value()[at], np.float32) for leaf in (linear.lora_A, linear.lora_B))
@@ -48,9 +54,12 @@ def save_gguf_adapter(decoder: Decoder, path: Path, *, name: str, alpha: float) 
                 b = b * np.float32(factor)
             if architecture.permuted and module in ("self_attn.q_proj", "self_attn.k_proj"):
                 b = interleave(b, heads_of(module, config))
-            pair = ("lora_a", a), ("lora_b", b)
-            base = tensor_name(f"{module}.weight", layer)
-            tensors += [Tensor(f"{base}.{half}", w.shape, partial(np.asarray, w)) for half, w in pair]
+            weight = f"{module}.weight"
+            parts = parts_of(weight)  # of experts: both use the whole A
+            for part, own in zip(parts or (weight,), split(weight, b, config) if parts else (b,), strict=True):
+                base = tensor_name(part, layer, architecture)
+                pair = ("lora_a", a), ("lora_b", np.ascontiguousarray(own))
+                tensors += [Tensor(f"{base}.{half}", w.shape, partial(np.asarray, w)) for half, w in pair]
     if not tensors:
         raise ConfigError("this model has no adapter to export; call FastLanguageModel.get_peft_model first")
     writer = gguf.GGUFWriter(None, architecture.name)

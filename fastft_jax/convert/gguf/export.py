@@ -1,7 +1,7 @@
 """A model, merged with its adapter, as GGUF files of one or several quantisation methods."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastft_jax.convert.gguf.architectures import (
 from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
 from fastft_jax.convert.gguf.modelfile import modelfile
 from fastft_jax.convert.gguf.read_back import ReadBack
+from fastft_jax.convert.gguf.split_tensors import parts_of, shapes_of_parts, split
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
 from fastft_jax.convert.merge import MergedTensor, merged_layout
@@ -63,7 +64,7 @@ def save_gguf(
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     layout = merged_layout(decoder)
     tensors = [Tensor(n, w.shape, partial(np.asarray, w)) for n, w in extra_tensors(config)]
-    tensors += [_tensor(t, config, architecture) for t in layout]
+    tensors += [tensor for t in layout for tensor in _tensors(t, config, architecture)]
     if imatrix_file is not None:
         means = read_imatrix(imatrix_file)
         check_imatrix(imatrix_file, means, {t.name: t.shape for t in tensors})
@@ -100,9 +101,18 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
 
 
-def _tensor(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Tensor:
-    shape = shape_there(t.path, t.shape)
-    return Tensor(tensor_name(t.path, t.layer), shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
+def _tensors(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Iterator[Tensor]:
+    """What is written of one of our tensors: itself, or its parts, for each of which it is computed again (so that no
+    more of it is in memory than is written)."""
+    parts = parts_of(t.path)
+    if not parts:
+        name, shape = tensor_name(t.path, t.layer, architecture), shape_there(t.path, t.shape)
+        yield Tensor(name, shape, lambda: to_llama_cpp(t.path, t.read(), config, architecture))
+    for i, (part, shape) in enumerate(
+        zip(parts, shapes_of_parts(t.path, t.shape, config) if parts else (), strict=True)
+    ):
+        read = partial(lambda i: np.ascontiguousarray(split(t.path, t.read(), config)[i]), i)
+        yield Tensor(tensor_name(part, t.layer, architecture), shape, read)
 
 
 class Files(list[Path]):

@@ -115,7 +115,7 @@ class GGUFModel(GGUFFile):
         self._config, self._architecture = config, ARCHITECTURES[config.model_type]
         for request in tensor_requests(config):
             for layer in request.layers or (None,):
-                theirs = tensor_name(request.path, layer)
+                theirs = tensor_name(request.path, layer, self._architecture)
                 if theirs in self.tensors:
                     self._names[names.hf_name(request.path, layer)] = theirs
                     self._ours[theirs] = request.path

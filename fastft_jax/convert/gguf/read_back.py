@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.recipes import METHODS
+from fastft_jax.convert.gguf.split_tensors import join, parts_of
+from fastft_jax.convert.hf import dtype_of
 from fastft_jax.convert.read_back import Difference, compare, layered_logits
 from fastft_jax.convert.save_merged import difference_bound, live_logits
 from fastft_jax.errors import CheckpointError
@@ -55,9 +57,13 @@ def file_logits(
     config = replace(config, tie_word_embeddings="output.weight" not in file.tensors)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        name = tensor_name(path, None if layers is None else layers[0])
-        whole = file.decode(name, np.float32 if len(shape) == 1 else np.dtype(dtype))  # 1 + w is not to be rounded
-        return jnp.asarray(from_llama_cpp(path, whole, config, architecture).reshape(shape), dtype)
+        def decode(path: str) -> np.ndarray:
+            name = tensor_name(path, None if layers is None else layers[0], architecture)
+            return file.decode(name, np.float32 if len(shape) == 1 else np.dtype(dtype))  # 1 + w is not to be rounded
+
+        parts = [decode(part) for part in parts_of(path)]
+        whole = join(path, parts) if parts else from_llama_cpp(path, decode(path), config, architecture)
+        return jnp.asarray(whole.reshape(shape), dtype_of(path, dtype))
 
     return layered_logits(config, load, input_ids, mask, dtype)
 
