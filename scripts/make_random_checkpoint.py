@@ -45,6 +45,7 @@ COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddi
 MODELS = {
     name: COMMON | {"architectures": [CLASSES[geometry["model_type"]]]} | geometry
     for name, geometry in {**GEOMETRIES, "tiny-llama": TINY}.items()
+    if geometry["model_type"] in CLASSES
 }
 CHATML = (
     "{% for message in messages %}"

@@ -103,8 +103,8 @@ def _unexpected_tensor(folder):
 
 def _wrong_dtype(folder):
     name = "model.layers.0.self_attn.q_proj.weight"
-    _rewrite(folder, **{name: _tensors(folder)[name].astype("int8")})
-    return [name, "int8", "bfloat16"]
+    _rewrite(folder, **{name: _tensors(folder)[name].astype("int16")})
+    return [name, "int16", "bfloat16"]
 
 
 def _pickle_only(folder):
