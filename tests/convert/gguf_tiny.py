@@ -27,6 +27,13 @@ AS_IN_LLAMA_CPP = {
     "smollm-3": dict(num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0]),
     "cohere-2": dict(num_hidden_layers=4, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
 }
+# one epsilon for all norms, no biases, and one mscale, as the releases have them; layers of both kinds
+DEEPSEEK = dict(
+    rms_norm_eps=1e-6,
+    attention_bias=False,
+    first_k_dense_replace=1,
+    rope_parameters=tiny.YARN | dict(rope_theta=1e4, mscale=0.7, mscale_all_dim=0.7),
+)
 FAMILIES = (
     *("llama-2-linear", "llama-2-yarn", "llama-3.1", "llama-3.2-tied", "llama-biases", "mistral-nemo"),
     *("qwen-2.5-tied", "qwen-3", "gemma", "gemma-2", "gemma-3", "phi-2", "phi-3", "phi-4-mini", "granite", "smollm-3"),

@@ -173,7 +173,7 @@ def test_names_are_those_that_the_gguf_package_maps_hugging_faces_to(name):
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for request in tensor_requests(config):
         hf = names.hf_name(request.path, request.layers and request.layers[0])
-        ours = tensor_name(request.path, request.layers and request.layers[0])
+        ours = tensor_name(request.path, request.layers and request.layers[0], architecture)
         assert ours == table.get_name(hf, try_suffixes=(".weight", ".bias")), hf
 
 

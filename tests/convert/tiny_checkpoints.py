@@ -23,6 +23,9 @@ AS_RELEASED = {
     "mixtral": dict(sliding_window=None),
     "qwen-2-moe": dict(mlp_only_layers=[]),
     "qwen-3-moe": dict(decoder_sparse_step=1),
+    "gpt-oss": dict(num_hidden_layers=2),  # a layer with a window, one without
+    "deepseek-v2": gguf_tiny.DEEPSEEK | dict(topk_method="greedy"),  # V2-Lite
+    "deepseek-v3": gguf_tiny.DEEPSEEK,
 }
 TEXT_OF = {"gemma3": "gemma3_text"}  # multimodal families: the one their text decoder is
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from fastft_jax.convert.gguf.architectures import architecture_of, heads_of, interleave, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
-from fastft_jax.convert.gguf.fused import parts_of
+from fastft_jax.convert.gguf.parts import parts_of, split
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import lora
@@ -35,6 +35,11 @@ def save_gguf_adapter(decoder: Decoder, path: Path, *, name: str, alpha: float) 
             rows = linear.adapted_rows
             if not linear.adapted or (rows is not None and row not in rows):
                 continue
+            if module in architecture.without_lora:
+                raise ConfigError(
+                    f"a GGUF adapter: llama.cpp's {architecture.name!r} ignores LoRA on {module.rpartition('.')[2]}: "
+                    "export the merged model, or train without it in target_modules"
+                )
             at = row if rows is None else rows.index(row)
             rank = slice(None) if linear.ranks is None else slice(linear.ranks[at])
             a, b = (np.asarray(leaf.get_value()[at], np.float32) for leaf in (linear.lora_A, linear.lora_B))
@@ -47,11 +52,12 @@ def save_gguf_adapter(decoder: Decoder, path: Path, *, name: str, alpha: float) 
             factor = scaling * a.shape[-2] / alpha
             if not math.isclose(factor, 1.0, rel_tol=1e-9):
                 b = b * np.float32(factor)
-            for weight, rows in parts_of(f"{module}.weight", config).items():
-                part, own = weight.removesuffix(".weight"), b if isinstance(rows, slice) else b[rows]
-                if architecture.permuted and part in ("self_attn.q_proj", "self_attn.k_proj"):
-                    own = interleave(own, heads_of(part, config))
-                pair, base = (("lora_a", a), ("lora_b", own)), tensor_name(weight, layer)
+            weight = f"{module}.weight"
+            for part, own in zip(parts_of(weight, config), split(weight, b, config), strict=True):  # each uses all of A
+                if architecture.permuted and part in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"):
+                    own = interleave(own, heads_of(part.removesuffix(".weight"), config))
+                base = tensor_name(part, layer, architecture)
+                pair = ("lora_a", a), ("lora_b", np.ascontiguousarray(own))
                 tensors += [Tensor(f"{base}.{half}", w.shape, partial(np.asarray, w)) for half, w in pair]
     if not tensors:
         raise ConfigError("this model has no adapter to export; call FastLanguageModel.get_peft_model first")

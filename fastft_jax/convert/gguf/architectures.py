@@ -8,15 +8,17 @@ refused instead of exported wrongly; what it leaves out for good (a sliding wind
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from fastft_jax.convert.gguf.deepseek import WITHOUT_LORA, add_deepseek_hyperparameters, deepseek_differences
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig, RopeConfig
-from fastft_jax.models.rope import llama3_divisors
+from fastft_jax.models.rope import llama3_divisors, rope_tables
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Architecture:
     scales: bool = False  # Granite's four multipliers
     biases: frozenset[str] = frozenset()  # "qkv", "o", "mlp": those it adds
     activation: str = "silu"
-    normalised: bool | None = None  # experts' weights are divided by their sum; None: no experts
+    normalised: bool | None = None  # experts' weights are divided by their sum; None: no experts, or as the file says
+    own_names: tuple[tuple[str, str], ...] = ()  # where a module is called otherwise than in MODULES
+    without_lora: frozenset[str] = frozenset()  # modules whose adapters are ignored
 
 
 _ALL = frozenset(("qkv", "o", "mlp"))
@@ -62,6 +66,16 @@ ARCHITECTURES = {
     "qwen2_moe": Architecture("qwen2moe", biases=_QKV, normalised=False),
     "qwen3_moe": Architecture("qwen3moe", normalised=True),
     "phimoe": Architecture("phimoe", biases=_ALL, normalised=True),  # to be refused with what differs
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        window_every=2,
+        biases=frozenset(("qkv", "o")),
+        activation="clamped_silu",
+        normalised=True,
+        own_names=(("post_attention_layernorm", "post_attention_norm"),),
+    ),
+    "deepseek_v2": Architecture("deepseek2", without_lora=WITHOUT_LORA),
+    "deepseek_v3": Architecture("deepseek2", without_lora=WITHOUT_LORA),
 }
 
 # ours -> GGUF's; layers' names stand under blk.N.
@@ -75,6 +89,13 @@ MODULES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.k_b_proj": "attn_k_b",
+    "self_attn.v_b_proj": "attn_v_b",
     "attention_output_norm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -91,6 +112,7 @@ MODULES = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
+PARAMETERS = {"self_attn.sinks": "attn_sinks.weight", "mlp.router.e_score_correction_bias": "exp_probs_b.bias"}
 
 
 def architecture_of(config: DecoderConfig) -> Architecture:
@@ -117,13 +139,22 @@ def architecture_of(config: DecoderConfig) -> Architecture:
             f"{config.max_position_embeddings} tokens",
             stacklevel=3,
         )
+    if found.name == "gpt-oss" and not _ramp_is_the_same(config):
+        warnings.warn(
+            "llama.cpp rounds the bounds between which yarn blends frequencies (truncate=False says not to), in every "
+            "GGUF file of GPT-OSS: its results are near this model's, not equal",
+            stacklevel=3,
+        )
     return found
 
 
-def tensor_name(path: str, layer: int | None) -> str:
+def tensor_name(path: str, layer: int | None, architecture: Architecture) -> str:
     """Our `self_attn.q_proj.weight` of layer 3 -> `blk.3.attn_q.weight`."""
     module, _, kind = path.rpartition(".")
-    return f"{TOP[module]}.{kind}" if layer is None else f"blk.{layer}.{MODULES[module]}.{kind}"
+    if layer is None:
+        return f"{TOP[module]}.{kind}"
+    own = dict(architecture.own_names)
+    return f"blk.{layer}." + (PARAMETERS.get(path) or f"{own.get(module) or MODULES[module]}.{kind}")
 
 
 def shape_there(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,9 +207,12 @@ def add_hyperparameters(
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
+    writer.add_head_count_kv(c.num_key_value_heads if c.latent is None else 1)
+    if c.latent is None:
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    else:
+        add_deepseek_hyperparameters(writer, c)
     writer.add_vocab_size(c.vocab_size)
     (writer.add_layer_norm_eps if architecture.layer_norm else writer.add_layer_norm_rms_eps)(c.rms_norm_eps)
     _add_rope(writer, c, architecture)
@@ -186,7 +220,7 @@ def add_hyperparameters(
         writer.add_expert_count(c.experts.num_experts)
         writer.add_expert_used_count(c.experts.top_k)
         writer.add_expert_feed_forward_length(c.experts.intermediate_size)
-        if c.experts.shared_intermediate_size is not None:
+        if c.experts.shared_intermediate_size is not None and c.latent is None:
             writer.add_expert_shared_feed_forward_length(c.experts.shared_intermediate_size)
     if architecture.window_every and any(c.layer_windows):
         sliding = [window is not None for window in c.layer_windows]
@@ -212,7 +246,7 @@ def add_hyperparameters(
 
 def _add_rope(writer: gguf.GGUFWriter, c: DecoderConfig, architecture: Architecture) -> None:
     rope = c.rope
-    writer.add_rope_dimension_count(rope.rotary_dim(c.head_dim))
+    writer.add_rope_dimension_count(rope.rotary_dim(c.rope_dim))
     writer.add_rope_freq_base(rope.rope_theta)
     if c.second_rope is not None and c.second_rope.rope_type == "default" and architecture.window_every:
         writer.add_rope_freq_base_swa(c.second_rope.rope_theta)
@@ -252,11 +286,13 @@ def _differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
         yield from _expert_differences(c, architecture)
     if rope.rope_type == "longrope" and not architecture.longrope:
         yield "longrope"
-    if rope.rope_type == "yarn":
+    if c.latent is not None:
+        yield from deepseek_differences(c)
+    elif rope.rope_type == "yarn":
         standard = rope.attention_factor is None or math.isclose(
             rope.attention_factor, 0.1 * math.log(_yarn_factor(rope)) + 1, rel_tol=1e-6
         )
-        if not standard or (rope.mscale and rope.mscale_all_dim) or not rope.truncate:
+        if not standard or (rope.mscale and rope.mscale_all_dim) or (not rope.truncate and name != "gpt-oss"):
             yield "yarn with an own attention_factor, mscale or truncate"
     if c.head_bias and name != "phi2":
         yield "a bias of lm_head"
@@ -282,18 +318,36 @@ def _differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
         yield "a head that is tied to the embedding"
     if name in ("granite", "internlm2", "qwen2moe") and c.head_dim * c.num_attention_heads != c.hidden_size:
         yield f"head_dim={c.head_dim}"
+    if name == "gpt-oss":
+        if c.tie_word_embeddings:
+            yield "a head that is tied to the embedding"
+        if not c.o_bias:
+            yield "attention without biases"
+        if not any(c.layer_windows):
+            yield "no layer with a sliding window"
     if len({w for w in c.layer_windows if w}) > 1:
         yield "windows of different lengths"
 
 
 def _expert_differences(c: DecoderConfig, architecture: Architecture) -> Iterator[str]:
     e = c.experts
+    if architecture.name == "deepseek2":
+        return  # convert/gguf/deepseek.py
     if e.router != "softmax":
         yield f"experts weighted by {e.router!r} (there by softmax), and LayerNorm (there RMSNorm)"
     if e.normalise != architecture.normalised:
         yield f"norm_topk_prob={e.normalise} (there it is {architecture.normalised})"
     if e.dense_layers:
         yield f"layers without experts ({', '.join(map(str, e.dense_layers))})"
+
+
+def _ramp_is_the_same(c: DecoderConfig) -> bool:
+    """Whether yarn's bounds may be rounded without any frequency changing."""
+    if c.rope.rope_type != "yarn" or c.rope.truncate:
+        return True
+    one = jnp.ones((1, 1), jnp.int32)
+    (_, ours), (_, theirs) = (rope_tables(r, c.rope_dim, one) for r in (c.rope, replace(c.rope, truncate=True)))
+    return np.allclose(ours, theirs, rtol=1e-6, atol=0)
 
 
 def _yarn_factor(rope: RopeConfig) -> float:

@@ -23,9 +23,9 @@ from fastft_jax.convert.gguf.architectures import (
     tensor_name,
     to_llama_cpp,
 )
-from fastft_jax.convert.gguf.fused import Rows, parts_of
 from fastft_jax.convert.gguf.imatrix import check_imatrix, read_imatrix
 from fastft_jax.convert.gguf.modelfile import modelfile
+from fastft_jax.convert.gguf.parts import parts_of, shapes_of_parts, split
 from fastft_jax.convert.gguf.read_back import ReadBack
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
@@ -103,14 +103,15 @@ def file_stem(name: str) -> str:
 
 
 def _tensors(t: MergedTensor, config: DecoderConfig, architecture: Architecture) -> Iterator[Tensor]:
-    """One for most; of a linear that llama.cpp has in parts each of them, which reads the whole again."""
+    """What is written of one of our tensors: itself, or its parts, for each of which it is computed again (so that no
+    more of it is in memory than is written)."""
 
-    def part(path: str, rows: Rows) -> Float[np.ndarray, "..."]:
-        return to_llama_cpp(path, t.read()[rows], config, architecture)
+    def read(part: str, i: int) -> Float[np.ndarray, "..."]:
+        return to_llama_cpp(part, np.ascontiguousarray(split(t.path, t.read(), config)[i]), config, architecture)
 
-    for path, rows in parts_of(t.path, config).items():
-        shape = t.shape if isinstance(rows, slice) else (len(rows), *t.shape[1:])
-        yield Tensor(tensor_name(path, t.layer), shape_there(path, shape), partial(part, path, rows))
+    parts, shapes = parts_of(t.path, config), shapes_of_parts(t.path, t.shape, config)
+    for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        yield Tensor(tensor_name(part, t.layer, architecture), shape_there(part, shape), partial(read, part, i))
 
 
 class Files(list[Path]):

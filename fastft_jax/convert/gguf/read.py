@@ -10,7 +10,7 @@ from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp,
 from fastft_jax.convert.gguf.encode import TYPES
 from fastft_jax.convert.gguf.families_in import READABLE
 from fastft_jax.convert.gguf.file import PLAIN, GGUFFile
-from fastft_jax.convert.gguf.fused import joined, parts_of
+from fastft_jax.convert.gguf.parts import join, parts_of
 from fastft_jax.convert.hf import tensor_requests
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig, RopeConfig
@@ -120,7 +120,7 @@ class GGUFModel(GGUFFile):
         used: set[str] = set()
         for request in tensor_requests(config):
             for layer in request.layers or (None,):
-                theirs = {tensor_name(part, layer) for part in parts_of(request.path, config)}
+                theirs = {tensor_name(part, layer, self._architecture) for part in parts_of(request.path, config)}
                 if theirs <= self.tensors.keys():
                     self._names[names.hf_name(request.path, layer)] = request.path, layer
                     used |= theirs
@@ -133,7 +133,8 @@ class GGUFModel(GGUFFile):
 
     def info(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         path, layer = self._names[name]
-        tensors = [self.tensors[tensor_name(part, layer)] for part in parts_of(path, self._config)]
+        parts = parts_of(path, self._config)
+        tensors = [self.tensors[tensor_name(part, layer, self._architecture)] for part in parts]
         kinds, (rows, *columns) = {tensor.kind for tensor in tensors}, tensors[0].shape
         rows += sum(tensor.shape[0] for tensor in tensors[1:])
         return PLAIN.get(kinds.pop() if len(kinds) == 1 else "F32", PLAIN["F32"]), (rows, *columns)
@@ -142,9 +143,10 @@ class GGUFModel(GGUFFile):
         path, layer = self._names[name]
 
         def part(path: str) -> np.ndarray:
-            return from_llama_cpp(path, self.decode(tensor_name(path, layer)), self._config, self._architecture)
+            whole = self.decode(tensor_name(path, layer, self._architecture))
+            return from_llama_cpp(path, whole, self._config, self._architecture)
 
-        w = joined(path, self._config, part)
+        w = join(path, [part(p) for p in parts_of(path, self._config)], self._config)
         return np.ascontiguousarray(w.astype(self.info(name)[0], copy=False))
 
     def path_of(self, name: str) -> Path:

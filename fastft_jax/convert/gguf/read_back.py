@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.convert.gguf.architectures import ARCHITECTURES, from_llama_cpp, tensor_name
 from fastft_jax.convert.gguf.file import GGUFFile
-from fastft_jax.convert.gguf.fused import joined
+from fastft_jax.convert.gguf.parts import join, parts_of
 from fastft_jax.convert.gguf.recipes import METHODS
+from fastft_jax.convert.hf import dtype_of
 from fastft_jax.convert.read_back import Difference, compare, layered_logits
 from fastft_jax.convert.save_merged import difference_bound, live_logits
 from fastft_jax.errors import CheckpointError
@@ -56,12 +57,13 @@ def file_logits(
     config = replace(config, tie_word_embeddings="output.weight" not in file.tensors)
 
     def load(path: str, shape: tuple[int, ...], layers: tuple[int, ...] | None):
-        def part(path: str):
-            name = tensor_name(path, None if layers is None else layers[0])
+        def part(path: str) -> np.ndarray:
+            name = tensor_name(path, None if layers is None else layers[0], architecture)
             whole = file.decode(name, np.float32 if len(shape) == 1 else np.dtype(dtype))  # 1 + w is not to be rounded
             return from_llama_cpp(path, whole, config, architecture)
 
-        return jnp.asarray(joined(path, config, part).reshape(shape), dtype)
+        whole = join(path, [part(p) for p in parts_of(path, config)], config)
+        return jnp.asarray(whole.reshape(shape), dtype_of(path, dtype))
 
     return layered_logits(config, load, input_ids, mask, dtype)
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from fastft_jax.convert.gguf.architectures import architecture_of
-from fastft_jax.convert.gguf.fused import joined, parts_of
+from fastft_jax.convert.gguf.parts import join, parts_of, shapes_of_parts, split
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.families.registry import config_from_hf
 
@@ -24,24 +24,26 @@ def test_internlm2s_rows_are_cut_as_published_and_come_back():
     for kind in ("weight", "bias"):
         path = f"self_attn.qkv_proj.{kind}"
         whole = fused[names.hf_name(path, 1)].numpy()
-        parts = {part: whole[rows] for part, rows in parts_of(path, config).items()}
+        parts = dict(zip(parts_of(path, config), split(path, whole, config), strict=True))
         assert list(parts) == [f"self_attn.{x}_proj.{kind}" for x in "qkv"]
         for part, values in parts.items():
             np.testing.assert_array_equal(values, llama[f"model.layers.1.{part}"].numpy())
-        np.testing.assert_array_equal(joined(path, config, parts.__getitem__), whole)
+        assert shapes_of_parts(path, whole.shape, config) == [part.shape for part in parts.values()]
+        np.testing.assert_array_equal(join(path, [*parts.values()], config), whole)
 
 
 def test_granite_4s_gate_is_the_first_half_and_what_is_whole_stays_so():
     config, _ = config_from_hf({"model_type": "granitemoehybrid"} | tiny.COMMON | tiny.TINY["granite-4-dense"][1])
-    rows = parts_of("mlp.gate_up_proj.weight", config)
-    assert {part: (r[0], r[-1], len(r)) for part, r in rows.items()} == {
-        "mlp.gate_proj.weight": (0, 79, 80),
-        "mlp.up_proj.weight": (80, 159, 80),
-    }
+    path = "mlp.gate_up_proj.weight"
+    assert parts_of(path, config) == ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+    whole = np.arange(160 * 2).reshape(160, 2)
+    gate, up = split(path, whole, config)
+    np.testing.assert_array_equal(np.concatenate([gate, up]), whole)
+    assert gate.shape == up.shape == (80, 2)
     phi, _ = config_from_hf({"model_type": "phi3"} | tiny.COMMON | tiny.TINY["phi-3"][1])
     for path in ("mlp.gate_up_proj.weight", "self_attn.qkv_proj.weight", "norm.weight"):  # fused there, too
-        assert parts_of(path, phi) == {path: slice(None)}
-        assert joined(path, phi, {path: "itself"}.__getitem__) == "itself"
+        assert parts_of(path, phi) == (path,) and split(path, whole, phi) == [whole]
+        assert join(path, [whole], phi) is whole and shapes_of_parts(path, (3, 2), phi) == [(3, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:llama.cpp ignores")
