@@ -30,14 +30,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama_cpp():
-    pytest.importorskip("llama_cpp")
-    import test_gguf_llama_cpp
-
-    return test_gguf_llama_cpp
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def case(request, tmp_path_factory):
     """(name, transformers model, ours, our files by method)"""
@@ -108,11 +100,10 @@ def test_files_of_8_experts_equal_those_of_llama_cpps_quantiser(case, llama_cpp,
         )
 
 
+@pytest.mark.parametrize("case", ["mixtral"], indirect=True)  # the others are too narrow for k-quants
 def test_each_expert_has_its_own_importance(case, llama_cpp, tmp_path):
     """llama-imatrix's file, [E, K] of experts: the same bytes as llama.cpp's quantiser, and others than without."""
-    name, _, model, paths = case
-    if name != "mixtral":
-        pytest.skip("too narrow for k-quants")
+    _, _, model, paths = case
     rng = np.random.default_rng(1)
     names = [f"blk.{i}.{part}.weight" for i in range(3) for part in ("ffn_gate_exps", "attn_q")]
     entries = (llama_cpp.llama_cpp.llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
@@ -135,11 +126,10 @@ def test_each_expert_has_its_own_importance(case, llama_cpp, tmp_path):
     assert not np.array_equal(made[1][names[0]][1], plain[1][names[0]][1])
 
 
+@pytest.mark.parametrize("case", ["qwen-2-moe"], indirect=True)  # which has tensors of all the others' kinds
 def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(case, llama_cpp, tmp_path):
     """Experts, shared experts and attention, with rsLoRA's scaling folded in. The model's last test."""
-    name, _, model, paths = case
-    if name != "qwen-2-moe":
-        pytest.skip("its kinds of tensors are all of them")
+    _, _, model, paths = case
     FastLanguageModel.get_peft_model(model, r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False)
     (adapter,) = model.save_pretrained_gguf(tmp_path, quantization_method="lora")
     expected = np.asarray(model(llama_cpp.IDS[None]))[0]

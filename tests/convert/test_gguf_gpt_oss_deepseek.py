@@ -26,14 +26,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama_cpp():
-    pytest.importorskip("llama_cpp")
-    import test_gguf_llama_cpp
-
-    return test_gguf_llama_cpp
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def case(request, tmp_path_factory):
     """(name, transformers model, ours, our files by method)"""
@@ -62,11 +54,10 @@ def test_files_equal_those_of_llama_cpps_quantiser(case, llama_cpp, tmp_path):
         same(gguf_tiny.contents(paths[method]), quantised(llama_cpp, paths["f32"], method, tmp_path / "theirs.gguf"))
 
 
+@pytest.mark.parametrize("case", ["deepseek-v3"], indirect=True)  # GPT-OSS's, on all linears: test_compatibility.py
 def test_a_deepseek_adapter_alone_does_in_llama_cpp_what_it_does_here(case, llama_cpp, tmp_path):
     """Experts, shared experts, dense layers and attention's way out. The model's last test."""
-    name, _, model, paths = case
-    if name != "deepseek-v3":
-        pytest.skip("all linears: test_compatibility.py")
+    _, _, model, paths = case
     modules = ["gate_proj", "up_proj", "down_proj", "o_proj"]
     FastLanguageModel.get_peft_model(model, r=4, lora_alpha=6, target_modules=modules, init_lora_weights=False)
     (adapter,) = model.save_pretrained_gguf(tmp_path, quantization_method="lora")
