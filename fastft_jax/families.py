@@ -67,7 +67,7 @@ def here() -> tuple[str, Card]:
     """The name of JAX's default device, and what the operations ask of it."""
     import jax
 
-    from fastft_jax.pallas_kernels.attention import current_device
+    from fastft_jax.pallas_kernels.pallas import current_device
 
     return jax.local_devices()[0].device_kind, Card(*current_device())
 

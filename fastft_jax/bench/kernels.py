@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from fastft_jax.bench.profile import Speeds
 from fastft_jax.bench.trace import busy, profiled, read_events
-from fastft_jax.pallas_kernels.attention import current_device
 from fastft_jax.pallas_kernels.case import Case
+from fastft_jax.pallas_kernels.pallas import current_device
 
 PACKAGES = (
     "rms_norm",

@@ -7,7 +7,7 @@ from fastft_jax.errors import ConfigError
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.layers import ExpertLinear
 from fastft_jax.models.lora import layer_linears
-from fastft_jax.pallas_kernels.attention import current_device
+from fastft_jax.pallas_kernels.pallas import current_device
 from fastft_jax.quant.nf4 import NF4Array
 
 COMPUTE_DTYPES = ("fp8",)

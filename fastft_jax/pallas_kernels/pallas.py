@@ -39,6 +39,17 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu" and not _only_references.value
 
 
+@functools.cache
+def current_device() -> tuple[str, tuple[int, int] | None]:
+    """(platform, compute capability) of JAX's default device; starts the backend, so never called at import."""
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
+        return device.platform, None
+    major, minor = capability.split(".")[:2]
+    return "gpu", (int(major), int(minor))
+
+
 def references() -> AbstractContextManager[None]:
     """While it lasts, every op that is free to choose takes its plain XLA reference, on a GPU, too."""
     return _only_references(True)

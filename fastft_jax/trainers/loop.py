@@ -22,8 +22,9 @@ from flax import nnx
 
 from fastft_jax.errors import ConfigError, TrainingError
 from fastft_jax.models.active_kernels import base_in_use
-from fastft_jax.pallas_kernels.attention import current_device, select_implementation
+from fastft_jax.pallas_kernels.attention import select_implementation
 from fastft_jax.pallas_kernels.linear_cross_entropy import default_chunk_size
+from fastft_jax.pallas_kernels.pallas import current_device
 from fastft_jax.trainers.checkpoint import CheckpointStore, find_checkpoint
 from fastft_jax.trainers.compile import compile_step, compiler_options, program_bytes
 from fastft_jax.trainers.data import BatchSource

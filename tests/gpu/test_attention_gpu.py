@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from fastft_jax.pallas_kernels.attention import attention, current_device, select_implementation
+from fastft_jax.pallas_kernels.attention import attention, select_implementation
+from fastft_jax.pallas_kernels.pallas import current_device
 
 pytestmark = pytest.mark.gpu
 

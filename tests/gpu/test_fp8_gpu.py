@@ -9,8 +9,8 @@ import pytest
 
 from fastft_jax.models.residuals import Keep
 from fastft_jax.pallas_kernels import fp8, nf4
-from fastft_jax.pallas_kernels.attention import current_device
 from fastft_jax.pallas_kernels.nf4.cases import CASES as NF4_CASES
+from fastft_jax.pallas_kernels.pallas import current_device
 from fastft_jax.pallas_kernels.rms_norm import rms_norm
 from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.quant.glu_linear import glu_linear

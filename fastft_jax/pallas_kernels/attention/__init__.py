@@ -1,15 +1,14 @@
 """Causal grouped-query attention over packed or plain rows."""
 
-import functools
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.attention import cudnn, reference, triton
 from fastft_jax.pallas_kernels.attention.flash import Keep, plain
+from fastft_jax.pallas_kernels.pallas import current_device
 
 __all__ = ["Selection", "attention", "select_implementation"]
 
@@ -40,7 +39,7 @@ def select_implementation(
 
     cuDNN where it applies, then triton, then xla. `packed`: segment ids are given; `sinks`: sinks are. `platform` is
     "gpu" or another JAX backend's name; `compute_capability` is None for anything but an NVIDIA GPU.
-    `current_device()` says both for the device at hand.
+    `pallas.current_device()` says both for the device at hand.
     """
     against_cudnn = cudnn.unsupported(
         q_shape=q_shape,
@@ -60,17 +59,6 @@ def select_implementation(
     if not against_triton:
         return Selection("triton", against_cudnn)
     return Selection("xla", against_cudnn + against_triton)
-
-
-@functools.cache
-def current_device() -> tuple[str, tuple[int, int] | None]:
-    """(platform, compute capability) of JAX's default device; starts the backend, so never called at import."""
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
-        return device.platform, None
-    major, minor = capability.split(".")[:2]
-    return "gpu", (int(major), int(minor))
 
 
 def attention(

@@ -21,8 +21,8 @@ def _draw(seed: int, args: tuple[jax.ShapeDtypeStruct, ...]) -> tuple:
     return *values, jnp.asarray(np.diff(cuts, prepend=0), jnp.int32)
 
 
-def _cases(m: int, e: int, n: int, k: int, r: int = 0, dtype=jnp.bfloat16):
-    """With r, the first two have a low-rank pair of that rank."""
+def _cases(m: int, e: int, n: int, k: int, r: int = 0, dtype=jnp.bfloat16, hopper: bool = False):
+    """With r, the first two have a low-rank pair of that rank; `hopper`: they alone, with the tiles for it."""
     x, y = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((m, n), dtype)
     w, sizes = jax.ShapeDtypeStruct((e, n, k), dtype), jax.ShapeDtypeStruct((e,), jnp.int32)
     h = jax.ShapeDtypeStruct((m, r), dtype)
@@ -32,15 +32,22 @@ def _cases(m: int, e: int, n: int, k: int, r: int = 0, dtype=jnp.bfloat16):
         ("transposed", (y, w, h, a) if r else (y, w)),
         ("outer", (y, x)),
     ):
-        args = (*factors, sizes)
+        args, tile, least = (*factors, sizes), {}, {}
+        if hopper:
+            if name == "outer":
+                continue
+            columns, depth = (n, k) if name == "matmul" else (k, n)
+            tile = {"tile": triton.choose_tile(columns, depth, dtype, (9, 0))}
+            least = {"min_compute_capability": (9, 0)}
         yield Case(
-            name=f"grouped_{name}/{e}x{n}x{k}/{m}{f'/{r}' if len(factors) > 2 else ''}",
-            run=functools.partial(_run, getattr(triton, name)),
+            name=f"grouped_{name}{'_hopper' if hopper else ''}/{e}x{n}x{k}/{m}{f'/{r}' if len(factors) > 2 else ''}",
+            run=functools.partial(_run, getattr(triton, name), **tile),
             reference=functools.partial(_run, getattr(reference, name)),
             args=args,
             bytes=np.dtype(dtype).itemsize * (m * (n + k) + e * n * k),
             flops=2 * m * (n * k + (r * (n if name == "matmul" else k) if len(factors) > 2 else 0)),
             draw=functools.partial(_draw, args=args),
+            **least,
         )
 
 
@@ -50,9 +57,11 @@ def _run(function, lhs, rhs, *rest, **options):
 
 
 CASES: tuple[Case, ...] = (
+    *_cases(16384, 8, 28672, 4096, 32, hopper=True),
     *_cases(16384, 8, 14336, 4096, 32),
     *_cases(16384, 8, 32, 4096),
     *_cases(16384, 8, 4096, 32),
+    *_cases(300, 3, 500, 512, 12, hopper=True),
     *_cases(300, 14, 72, 200, 12),  # more tiles of rows than a band has
     *_cases(150, 4, 40, 24, dtype=jnp.float32),
 )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
 
-BAND = 12  # tiles of rows that share a tile of columns: about the root of how many run at once
+BAND = 8  # tiles of columns that one tile of rows meets in a row: about the root of how many tiles run at once
 
 
 class Tile(NamedTuple):
@@ -27,10 +27,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(columns: int, depth: int, dtype) -> Tile:
-    wide = dtype == jnp.float32
-    columns, depth = min(128, _power_of_two(columns)), min(64, _power_of_two(depth))
-    return Tile(64 if wide else 128, min(columns, 64) if wide else columns, min(depth, 32) if wide else depth, 8, 3)
+def choose_tile(columns: int, depth: int, dtype, compute_capability: tuple[int, int] | None = None) -> Tile:
+    """For a result [any, columns] of sums over `depth`: what fits an L4's 99 KB, and on Hopper twice the columns.
+
+    There 128 x 256 makes each warpgroup's instruction as wide as it can be: 634 TFLOP/s where 128 x 128 reaches 510
+    (benchmarks/grouped_tiles.jsonl).
+    """
+    wide = jnp.dtype(dtype).itemsize == 4
+    depth = min(32 if wide else 64, _power_of_two(depth))
+    if wide:
+        return Tile(64, min(64, _power_of_two(columns)), depth, 8, 3)
+    largest = 256 if compute_capability == (9, 0) and -columns % 256 <= columns // 8 else 128
+    return Tile(128, min(largest, _power_of_two(columns)), depth, 8, 3)
 
 
 def _power_of_two(n: int) -> int:
@@ -43,20 +51,28 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _load(ref, row, column, shape: tuple[int, int], last_row, width: int):
-    """[rows, columns] from there on, zeros from `last_row` and `width` on."""
-    mask = (row + jnp.arange(shape[0]) < last_row)[:, None] & (column + jnp.arange(shape[1]) < width)[None]
-    return pallas.load(ref.at[pallas.ds(row, shape[0]), pallas.ds(column, shape[1])], mask=mask, other=0)
+def _load(ref, row, column, shape: tuple[int, int], last_row=None, width: int | None = None):
+    """[rows, columns] from there on, zeros from `last_row` and `width` on; None where the tile ends before."""
+    below, left = (
+        None if last is None else first + jnp.arange(n) < last
+        for first, n, last in zip((row, column), shape, (last_row, width), strict=True)
+    )
+    at = ref.at[pallas.ds(row, shape[0]), pallas.ds(column, shape[1])]
+    if below is None and left is None:
+        return pallas.load(at)
+    mask = True if below is None else below[:, None]
+    mask = jnp.broadcast_to(mask if left is None else mask & left[None], shape)
+    return pallas.load(at, mask=mask, other=0)
 
 
 def _place(units: int, columns: int) -> tuple[Array, Array]:
     """(tile of rows, tile of columns) of this program: those that run at the same time make a square, so that what they
     read together fits the cache."""
     program = pallas.program_id(0)
-    band = lax.div(program, BAND * columns)
-    within, rows = program - band * (BAND * columns), jnp.minimum(units - band * BAND, BAND)
-    column = lax.div(within, rows)
-    return band * BAND + within - column * rows, column
+    band = lax.div(program, BAND * units)
+    within, width = program - band * (BAND * units), jnp.minimum(columns - band * BAND, BAND)
+    unit = lax.div(within, width)
+    return unit, band * BAND + within - unit * width
 
 
 def _rows_kernel(group_ref, first_ref, last_ref, *refs, depths: tuple[int, ...], n: int, k: int, tile, transposed):
@@ -71,14 +87,17 @@ def _rows_kernel(group_ref, first_ref, last_ref, *refs, depths: tuple[int, ...],
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     for x_ref, w_ref, inner in zip(pairs[0::2], pairs[1::2], depths, strict=True):
         depth = min(tile.depth, _power_of_two(inner))
+        ragged, ends = inner % depth > 0, width % tile.columns > 0
 
-        def step(i, total, x_ref=x_ref, w_ref=w_ref, inner=inner, depth=depth):
+        def step(i, total, x_ref=x_ref, w_ref=w_ref, inner=inner, depth=depth, ragged=ragged, ends=ends):
             at = i * depth
-            x = _load(x_ref, row, at, (tile.rows, depth), last, inner)
+            x = _load(x_ref, row, at, (tile.rows, depth), last, inner if ragged else None)
             if transposed:
-                w = _load(w_ref, group * inner + at, column, (depth, tile.columns), (group + 1) * inner, k)
+                last_row, last_column = (group + 1) * inner if ragged else None, k if ends else None
+                w = _load(w_ref, group * inner + at, column, (depth, tile.columns), last_row, last_column)
             else:
-                w = _load(w_ref, group * n + column, at, (tile.columns, depth), (group + 1) * n, inner).T
+                last_row, last_column = (group + 1) * n if ends else None, inner if ragged else None
+                w = _load(w_ref, group * n + column, at, (tile.columns, depth), last_row, last_column).T
             return total + _dot(x, w)
 
         total = lax.fori_loop(0, there * pallas.cdiv(inner, depth), step, total)
@@ -118,10 +137,10 @@ def _units(sizes: Int[Array, "E"], rows: int, count: int) -> tuple[Array, Array,
     return group, jnp.where(there, first, 0), jnp.where(there, ends[group], 0)
 
 
-def _over_rows(x, w, sizes, low_rank, transposed: bool, interpret: bool | None):
+def _over_rows(x, w, sizes, low_rank, transposed: bool, tile: Tile | None, interpret: bool | None):
     (m, inner), (e, n, k) = x.shape, w.shape
     width = k if transposed else n
-    tile = _tile(width, inner, x.dtype)
+    tile = tile or choose_tile(width, inner, x.dtype, pallas.current_device()[1])
     count = pallas.cdiv(m, tile.rows) + e
     whole = lambda *dims: pallas.BlockSpec(dims, lambda *_: (0,) * len(dims))  # noqa: E731
     units = _units(sizes.astype(jnp.int32), tile.rows, count)
@@ -148,9 +167,10 @@ def matmul(
     sizes: Int[Array, "E"],
     low_rank: tuple[Array, Array] | None = None,
     *,
+    tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "M N"]:
-    return _over_rows(x, w, sizes, low_rank, False, interpret)
+    return _over_rows(x, w, sizes, low_rank, False, tile, interpret)
 
 
 def transposed(
@@ -159,9 +179,10 @@ def transposed(
     sizes: Int[Array, "E"],
     low_rank: tuple[Array, Array] | None = None,
     *,
+    tile: Tile | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "M K"]:
-    return _over_rows(y, w, sizes, low_rank, True, interpret)
+    return _over_rows(y, w, sizes, low_rank, True, tile, interpret)
 
 
 def outer(
@@ -172,8 +193,8 @@ def outer(
     interpret: bool | None = None,
 ) -> Float[Array, "E N K"]:
     (m, n), k, e = y.shape, x.shape[1], sizes.shape[0]
-    tile = _tile(n, m, x.dtype)
-    columns = _tile(k, m, x.dtype).columns
+    tile = choose_tile(n, m, x.dtype)
+    columns = choose_tile(k, m, x.dtype).columns
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     whole = lambda *dims: pallas.BlockSpec(dims, lambda *_: (0,) * len(dims))  # noqa: E731
     return pallas.call(
