@@ -86,14 +86,14 @@ def _backward_kernel(
     act, slope = _act(gate, activation, dtype)
     up, up_slope = _linear(up, activation, dtype)
     row, first = pallas.program_id(0) // blocks, pallas.program_id(0) % blocks * block
-    if weighted:
-        part_ref[0] = jnp.sum(d * (act * up).astype(dtype).astype(jnp.float32))
-        d = d * weight_ref[row]
-    for half, grad in enumerate((d * up * slope, d * act * up_slope)):
+    scaled = d * weight_ref[row] if weighted else d
+    for half, grad in enumerate((scaled * up * slope, scaled * act * up_slope)):
         at = d_gate_up_ref.at[pallas.ds(row, 1), pallas.ds(half * f + first, block)]
         pallas.store(at, grad.astype(dtype), mask=inside)
     if act_ref:
         pallas.store(act_ref[0], _weighted(act * up, dtype, weight_ref, blocks), mask=columns < f + room)
+    if weighted:  # last: threads wait for each other in a sum, and would hold all that comes after it
+        part_ref[0] = jnp.sum(d * (act * up).astype(dtype).astype(jnp.float32))
 
 
 def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret, in_place=False, weight=None):
