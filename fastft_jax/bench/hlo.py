@@ -144,7 +144,8 @@ class Program:
         if "nf4_dequantize" in instruction.scope:
             if "_transposed" in instruction.scope:  # launched on another grid
                 return None
-            groups = int(instruction.attribute(r"grid_x = (\d+)") or 0) * GROUPS_PER_PROGRAM
+            programs, matrices = (int(instruction.attribute(rf"grid_{axis} = (\d+)") or 0) for axis in "xy")
+            groups = programs * matrices * GROUPS_PER_PROGRAM
             scale = 1 + 4 / GROUPS_PER_SCALE if "nf4_dequantize_double" in instruction.scope else 4
             return round(groups * (32 + scale + 64 * out[0].bytes / out[0].size)) or None
         if "output_to_operand_aliasing" in instruction.attributes:

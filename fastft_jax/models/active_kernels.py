@@ -3,17 +3,14 @@
 The operations are asked themselves, by the rules that they follow when they run.
 """
 
-import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fastft_jax.models.compute_dtype import FP8_CAPABILITY
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder
-from fastft_jax.models.layers import ExpertLinear
 from fastft_jax.models.lora import layer_linears
 from fastft_jax.pallas_kernels import attention, nf4, pallas, rms_norm
 from fastft_jax.pallas_kernels.quantised_matmul import supported as few_rows_take
@@ -62,18 +59,13 @@ def base_in_use(decoder: Decoder) -> str:
     weights = [linear.weight.get_value() for linear in linears]
     if any(isinstance(w, Int8Array) for w in weights):
         return "int8 xla"
-    # of experts, a layer at a time is cut out of the stack
-    codes = [
-        jax.ShapeDtypeStruct(w.codes.shape[1:], jnp.uint8) if isinstance(linear, ExpertLinear) else w.codes
-        for linear, w in zip(linears, weights, strict=True)
-        if isinstance(w, NF4Array)
-    ]
+    codes = [w.codes for w in weights if isinstance(w, NF4Array)]
     if not codes:
         return f"weights {weights[0].dtype.name}{' (trained)' if isinstance(linears[0].weight, nnx.Param) else ''}"
     if not pallas.on_gpu():
         return "nf4 xla"
-    copied = sum(each.size >= nf4.MAX_CODE_BYTES for each in codes)
-    return f"nf4 triton, {copied} of {len(codes)} stacks copied by layer (over 2 GiB)" if copied else "nf4 triton"
+    copied = sum(not nf4.in_reach(each.size) for each in codes)
+    return f"nf4 triton, {copied} of {len(codes)} stacks copied by layer (of 2 to 4 GiB)" if copied else "nf4 triton"
 
 
 def _attention(c: DecoderConfig, card: Card, *, packed: bool) -> Active:
@@ -115,27 +107,24 @@ def _rope(c: DecoderConfig, default: Active) -> Active:
 
 
 def _nf4(matrices: list[Matrix], default: Active) -> Active:
-    """The kernel decodes where they lie the codes of a stack of less than 2 GiB whose rows are whole blocks."""
+    """The kernel decodes codes where they lie in a stack, but for stacks of 2 to 4 GiB and rows of parts of blocks."""
     if default.why:
         return default
     for (n, k), layers in matrices:
-        if layers * n * k // 2 >= nf4.MAX_CODE_BYTES:
-            return Active("triton", (f"{layers} matrices [{n}, {k}] are more than 2 GiB: codes are copied by layer",))
+        if not nf4.in_reach(layers * n * k // 2):
+            return Active(
+                "triton", (f"{layers} matrices [{n}, {k}] are more than 2 GiB, up to 4: codes are copied by layer",)
+            )
         if k % 64:
             return Active("triton", (f"[{n}, {k}] is not in whole blocks of 64: a copy more",))
     return default
-
-
-def _together(shape: tuple[int, int], layers: int) -> int:
-    """How many layers' codes a kernel sees: all, or the one copied out of a stack that is too large."""
-    return layers if layers * math.prod(shape) // 2 < nf4.MAX_CODE_BYTES else 1
 
 
 def _decoding(c: DecoderConfig, matrices: list[Matrix], default: Active) -> Active:
     """Whether new tokens are multiplied with the 4-bit codes as they are."""
     if c.experts is not None and not default.why:
         return Active("triton", ("all experts of a layer are decoded in whole for a new token",))
-    bad = [shape for shape, layers in matrices if not few_rows_take(1, shape, jnp.bfloat16, _together(shape, layers))]
+    bad = [shape for shape, _ in matrices if not few_rows_take(1, shape, jnp.bfloat16)]
     if default.why or not bad:
         return default
     return Active("xla", (f"the few-row kernel does not take [{bad[0][0]}, {bad[0][1]}]",))

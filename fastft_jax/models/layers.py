@@ -21,6 +21,7 @@ from fastft_jax.pallas_kernels.rms_norm import rms_norm
 from fastft_jax.quant import fp8
 from fastft_jax.quant.fp8_mlp import fp8_mlp
 from fastft_jax.quant.glu_linear import glu_linear
+from fastft_jax.quant.grouped_glu import grouped_glu_linear
 from fastft_jax.quant.grouped_lora import grouped_lora_linear
 from fastft_jax.quant.lora_linear import Projection, contract, lora_linear
 from fastft_jax.quant.norm_linear import Norm, norm_linear
@@ -103,6 +104,23 @@ def project_experts(
     if _trained(linears):
         return trained_experts(x, sizes, tuple(m.weight.get_value() for m in linears))
     return grouped_lora_linear(x, sizes, [_projection(m) for m in linears], [m.scaling for m in linears], keep)
+
+
+def project_experts_glu(
+    linear: ExpertLinear,
+    gate_up: Slot,
+    weight: Float[Array, "M"],
+    sizes: Int[Array, "E"],
+    keep: Keep,
+    activation: Activation,
+) -> Float[Array, "M D"]:
+    """`linear(weight * act(gate) * up)` of rows sorted by expert, each with its float32 weight."""
+    if _trained((linear,)):
+        act = glu(gate_up.read(), activation=activation, row_weight=weight)
+        return project_experts((linear,), act, sizes, keep)
+    value, stack, index = gate_up
+    options = dict(activation=activation, stack=stack, index=index, keep=keep)
+    return grouped_glu_linear(value, weight, sizes, _projection(linear), linear.scaling, **options)
 
 
 def project(

@@ -14,11 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fastft_jax.models.config import DecoderConfig
-from fastft_jax.models.layers import ExpertLinear, Frozen, LayerNorm, RMSNorm, project_experts
+from fastft_jax.models.layers import ExpertLinear, Frozen, LayerNorm, RMSNorm, project_experts, project_experts_glu
 from fastft_jax.models.mlp import GatedMLP
 from fastft_jax.models.residuals import Keep, Slot
 from fastft_jax.models.router import route, router_load
-from fastft_jax.pallas_kernels.glu import glu
 from fastft_jax.quant.lora_linear import contract
 from fastft_jax.quant.trained_linear import trained_linear
 
@@ -89,11 +88,10 @@ class Experts(nnx.Module):
         gate_up = project_experts(linears, rows, sizes, keep)
         if linears[0].bias is not None:
             gate_up = gate_up + bias_rows(linears, expert).astype(x.dtype)
-        act = glu(keep("gate_up", gate_up), activation=self.activation)
+        weight = spread(1, weights.reshape(-1, 1), order, place)  # [M k, 1], in the rows' order
         # Weighted before the last product and not behind it: its result is then not needed for the weights' gradient.
-        weight = weights.reshape(-1)[order][:, None]
-        act = (act.astype(jnp.float32) * weight).astype(act.dtype)
-        out = project_experts((self.down_proj,), act, sizes, keep)
+        gate_up = keep.slot("gate_up", gate_up)
+        out = project_experts_glu(self.down_proj, gate_up, weight[:, 0], sizes, keep, self.activation)
         if self.down_proj.bias is not None:
             out = out + (bias_rows((self.down_proj,), expert).astype(jnp.float32) * weight).astype(out.dtype)
         return collect(k, out, order, place)

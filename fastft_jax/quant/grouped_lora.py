@@ -1,7 +1,8 @@
 """Frozen linear layers of E experts with LoRA's pairs, over rows sorted by expert.
 
 y_i[m] = x[m] W_ie^T + s_i (x[m] A_ie^T) B_ie^T for the rows m of expert e; i = 1..G linears read the same x. As
-`lora_linear`, for one matrix an expert: W is quantised (decoded again in the backward pass) or plain, and frozen.
+`lora_linear`, for one matrix an expert: W is quantised (decoded again in the backward pass) or plain, and frozen; all G
+are one product with [W_1e; ..; W_Ge], an expert's rows below each other, and a block-diagonal B_e = (s_i B_ie).
 """
 
 import functools
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fastft_jax.pallas_kernels import nf4
 from fastft_jax.pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_transposed, grouped_outer
 from fastft_jax.quant import int8
 from fastft_jax.quant.int8 import Int8Array
-from fastft_jax.quant.lora_linear import Projection, rank_slices
+from fastft_jax.quant.lora_linear import Projection, decoded_in_place, rank_slices
 from fastft_jax.quant.nf4 import NF4Array, dequantize_stack
 
 
@@ -32,21 +34,14 @@ def grouped_lora_linear(
     sizes[0] rows of x are expert 0's, and so on; the sizes sum to M. dA and dB come out of float32 accumulators.
     """
     projections = tuple(projections)
-    h = None
-    if any(p.a is not None for p in projections):
-        x_, projections_ = lax.stop_gradient((x, projections))
-        h = keep("lora_h", grouped_matmul(x_, _all_a(projections_, x.dtype), sizes))
-    return _grouped(x, sizes, h, projections, tuple(scalings))
+    h = inner(*lax.stop_gradient((x, sizes, projections)))
+    return _grouped(x, sizes, None if h is None else keep("lora_h", h), projections, tuple(scalings))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _grouped(x, sizes, h, projections, scalings):
-    """The products given h; h takes no gradient: A's is computed with the rest."""
-    outputs = []
-    for p, s, at in zip(projections, scalings, rank_slices_of(projections), strict=True):
-        low_rank = None if p.a is None else (h[:, at], (p.b * s).astype(x.dtype))
-        outputs.append(grouped_matmul(x, _plain(p.weight, x.dtype), sizes, low_rank))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    """The product given h; h takes no gradient: A's is computed with the rest."""
+    return outputs(x, h, sizes, projections, scalings)
 
 
 def _forward(x, sizes, h, projections, scalings):
@@ -55,34 +50,99 @@ def _forward(x, sizes, h, projections, scalings):
 
 def _backward(scalings, residuals, dy):
     x, sizes, h, projections = residuals
-    dx, gradients, first = None, [], 0
-    for p, s, at in zip(projections, scalings, rank_slices_of(projections), strict=True):
-        n = p.weight.shape[-2]
-        dy_i = dy[:, first : first + n]
-        first += n
-        if p.a is None:
-            low_rank = None
-            gradients.append(Projection(None))
-        else:
-            dh = grouped_matmul_transposed(dy_i, (p.b * s).astype(dy.dtype), sizes)
-            low_rank = dh, p.a.astype(dy.dtype)
-            db = grouped_outer(dy_i, h[:, at], sizes) * s
-            gradients.append(Projection(None, grouped_outer(dh, x, sizes).astype(p.a.dtype), db.astype(p.b.dtype)))
-        part = grouped_matmul_transposed(dy_i, _plain(p.weight, dy.dtype), sizes, low_rank)
-        dx = part if dx is None else dx + part
-    return dx, None, None, tuple(gradients)
+    dx, dh = input_gradient(dy, sizes, projections, scalings)
+    return dx, None, None, adapter_gradients(x, h, dh, dy, sizes, projections, scalings)
 
 
 _grouped.defvjp(_forward, _backward)
 
 
-def rank_slices_of(projections: Sequence[Projection]) -> list[slice]:
+def inner(x: Float[Array, "M K"], sizes: Int[Array, "E"], projections: Sequence[Projection]) -> Array | None:
+    """h[m] = [x[m] A_1e^T, .., x[m] A_Ge^T], [M, R_1 + .. + R_G]; None where nothing is adapted."""
+    return grouped_matmul(x, _all_a(projections, x.dtype), sizes) if _adapted(projections) else None
+
+
+def outputs(
+    x: Float[Array, "M K"], h: Float[Array, "M R"] | None, sizes: Int[Array, "E"], projections, scalings
+) -> Float[Array, "M N"]:
+    """x[m] W_e^T + h[m] B_e^T."""
+    low_rank = None if h is None else (h, _block_diagonal(projections, scalings, x.dtype))
+    return grouped_matmul(x, _all_weights(projections, x.dtype), sizes, low_rank)
+
+
+def input_gradient(
+    dy: Float[Array, "M N"], sizes: Int[Array, "E"], projections: Sequence[Projection], scalings: Sequence[float]
+) -> tuple[Float[Array, "M K"], Float[Array, "M R"] | None]:
+    """dx[m] = dy[m] W_e + dh[m] A_e, and dh[m] = dy[m] B_e."""
+    dh = low_rank = None
+    if _adapted(projections):
+        dh = grouped_matmul_transposed(dy, _block_diagonal(projections, scalings, dy.dtype), sizes)
+        low_rank = dh, _all_a(projections, dy.dtype)
+    return grouped_matmul_transposed(dy, _all_weights(projections, dy.dtype), sizes, low_rank), dh
+
+
+def adapter_gradients(x, h, dh, dy, sizes, projections: Sequence[Projection], scalings) -> tuple[Projection, ...]:
+    """dA [E, R, K] and dB [E, N, R] of each, from one pass over x and one over dY; None where there is no adapter."""
+    if h is None:
+        return tuple(Projection(None) for _ in projections)
+    da, db = grouped_outer(dh, x, sizes), grouped_outer(dy, h, sizes)
+    out, first = [], 0
+    for p, s, at in zip(projections, scalings, _rank_slices(projections), strict=True):
+        last = first + p.weight.shape[-2]
+        if p.a is None:
+            out.append(Projection(None))
+        else:
+            db_i = db[:, first:last, at] * s
+            out.append(Projection(None, da[:, at].astype(p.a.dtype), db_i.astype(p.b.dtype)))
+        first = last
+    return tuple(out)
+
+
+def _adapted(projections: Sequence[Projection]) -> bool:
+    return any(p.a is not None for p in projections)
+
+
+def _rank_slices(projections: Sequence[Projection]) -> list[slice]:
     """Which columns of h are each projection's."""
     return rank_slices([p if p.a is None else p._replace(a=p.a[0]) for p in projections])
 
 
 def _all_a(projections: Sequence[Projection], dtype) -> Float[Array, "E R K"]:
     return jnp.concatenate([p.a.astype(dtype) for p in projections if p.a is not None], axis=1)
+
+
+def _block_diagonal(projections: Sequence[Projection], scalings: Sequence[float], dtype) -> Float[Array, "E N R"]:
+    """All s_i B_i."""
+    slices = _rank_slices(projections)
+    experts, rank = next(len(p.b) for p in projections if p.b is not None), slices[-1].stop
+    blocks = [
+        jnp.zeros((experts, p.weight.shape[-2], rank), dtype)
+        if p.a is None
+        else jnp.pad((p.b * s).astype(dtype), ((0, 0), (0, 0), (at.start, rank - at.stop)))
+        for p, s, at in zip(projections, scalings, slices, strict=True)
+    ]
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _all_weights(projections: Sequence[Projection], dtype) -> Float[Array, "E N K"]:
+    """Each expert's weights below each other; the NF4 kernel writes them there straight from the stack."""
+    if decoded_in_place(projections):
+        return _decode(projections, dtype)
+    parts = [_plain(p.weight, dtype) for p in projections]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _decode(projections: Sequence[Projection], dtype) -> Float[Array, "E N K"]:
+    n, k = sum(p.weight.shape[0] for p in projections), projections[0].weight.shape[1]
+    into, row = None, 0
+    for p in projections:
+        *leaves, layer = p.weight.in_stack()  # [L, E, ..]
+        experts = leaves[0].shape[1]
+        flat = [None if leaf is None else leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
+        place = dict(shape=p.weight.shape, size=(experts * n, k), row=row, count=experts, step=n)
+        into = nf4.decode_into(into, *flat, layer * experts, **place, dtype=dtype)
+        row += p.weight.shape[0]
+    return into.reshape(experts, n, k)
 
 
 def _plain(weight: NF4Array | Int8Array | Float[Array, "E N K"], dtype) -> Float[Array, "E N K"]:

@@ -242,7 +242,7 @@ def block_diagonal(projections, scalings, dtype) -> Float[Array, "N room"]:
 
 def _with_columns(projections, columns: Float[Array, "N room"], dtype) -> Float[Array, "N K+room"]:
     n, k = columns.shape[0], projections[0].weight.shape[1]
-    if _decoded_in_place(projections):
+    if decoded_in_place(projections):
         return lax.dynamic_update_slice(_decode(projections, (n, k + columns.shape[1]), dtype), columns, (0, k))
     return jnp.concatenate([_stacked_rows(projections, dtype), columns], axis=1)
 
@@ -251,7 +251,7 @@ def _stacked_rows(projections, dtype, below: Float[Array, "room K"] | None = Non
     """All weights below each other, then `below`."""
     extra = 0 if below is None else below.shape[0]
     n, k = sum(p.weight.shape[0] for p in projections), projections[0].weight.shape[1]
-    if _decoded_in_place(projections):
+    if decoded_in_place(projections):
         w = _decode(projections, (n + extra, k), dtype)
         return w if below is None else lax.dynamic_update_slice(w, below, (n, 0))
     parts = [dense(p.weight, dtype) for p in projections]
@@ -259,7 +259,7 @@ def _stacked_rows(projections, dtype, below: Float[Array, "room K"] | None = Non
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _decoded_in_place(projections: Sequence[Projection]) -> bool:
+def decoded_in_place(projections: Sequence[Projection]) -> bool:
     """Whether the NF4 kernel can write these weights straight into one buffer."""
     return all(
         isinstance(p.weight, NF4Array) and p.weight.shape[1] % BLOCK == 0 and nf4.kernel_takes(p.weight.codes)

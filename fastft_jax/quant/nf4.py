@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import nf4
-from fastft_jax.pallas_kernels.nf4 import MAX_CODE_BYTES, NF4_CODE, Implementation, dynamic_map
+from fastft_jax.pallas_kernels.nf4 import NF4_CODE, Implementation, dynamic_map
 from fastft_jax.pallas_kernels.nf4.reference import decode_absmax
 from fastft_jax.quant import blockwise
 from fastft_jax.quant.exact import cascade_mean, divide
@@ -50,9 +50,9 @@ class NF4Array:
     compute: str | None = field(default=None, metadata={"static": True})
 
     def at(self, layer: Int[Array, ""]) -> "NF4Array":
-        """One matrix of a stack, by an index that may be traced; a copy where the stack is more than kernels take."""
+        """One matrix of a stack, by an index that may be traced; a copy where kernels cannot address the stack."""
         here = dataclasses.replace(self, layer=layer)
-        return here if self.codes.size < MAX_CODE_BYTES else here.sliced()
+        return here if nf4.in_reach(self.codes.size) else here.sliced()
 
     def sliced(self) -> "NF4Array":
         """The matrix `layer` on its own, copied out of the stack."""

@@ -70,6 +70,8 @@ def test_bytes_of_pallas_kernels_are_known_unless_they_write_in_place():
     assert size("loop_multiply_fusion.3") is None
     # 512 programs of 32 blocks: 32 bytes of codes, one of absmax, a 256th of a float32 scale, 64 bfloat16 weights
     assert size("pallas_call.31") == 512 * 32 * (32 + 1 + 4 / 256 + 128)
+    program = Program(TEXT.replace("grid_x = 512 : i32, grid_y = 1", "grid_x = 512 : i32, grid_y = 8"))  # of 8 experts
+    assert size("pallas_call.31") == 8 * 512 * 32 * (32 + 1 + 4 / 256 + 128)
 
 
 def test_frames_lead_from_the_innermost_call_outwards():

@@ -50,6 +50,28 @@ def test_kernels_equal_the_float32_reference(m, f, room, activation, dtype):
     assert not np.any(y[:, f:])
 
 
+@pytest.mark.parametrize("activation", ["silu", "clamped_silu"])
+def test_rows_times_weights_equal_the_float32_reference(activation):
+    """Values, both gradients, and all again from the backward function, of rows of more than one program."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    gate_up, d_act = (
+        (3 * jax.random.normal(key, (333, columns))).astype(jnp.bfloat16)
+        for key, columns in zip(keys[:2], (2 * 5000, 5000), strict=True)
+    )
+    weight = jax.random.uniform(keys[2], (333,))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(implementation, dtype):
+        options = dict(activation=activation, implementation=implementation)
+        x, d = gate_up.astype(dtype), d_act.astype(dtype)
+        y, vjp = jax.vjp(lambda x, w: glu(x, row_weight=w, **options), x, weight)
+        return y, *vjp(d), *glu_backward(x, d, row_weight=weight, **options)
+
+    for got, exact in zip(run("triton", jnp.bfloat16), run("xla", jnp.float32), strict=True):
+        got, exact = np.asarray(got, np.float64), np.asarray(exact, np.float64)
+        assert np.linalg.norm(got - exact) < TOLERANCES[jnp.bfloat16] * np.linalg.norm(exact)
+
+
 def test_the_normal_law_is_accurate_with_this_cards_exponential():
     x = np.linspace(-10, 10, 100_001, dtype=np.float32)
     cdf, _ = jax.jit(normal)(x)

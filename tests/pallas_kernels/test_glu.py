@@ -96,6 +96,29 @@ def test_kernel_equals_the_reference_at_any_size_and_leaves_the_room_empty(m, f,
     assert y.shape == (m, f + room) and not np.any(y[:, f:])
 
 
+@BOTH
+@pytest.mark.parametrize("activation", ["silu", "clamped_silu"])
+def test_a_weight_of_each_row_and_its_gradient_equal_torch_in_float64(activation, implementation):
+    """Rows of more than one program; the sums of 2,050 products of normal numbers are float32's."""
+    gate_up, d_act, weight = normal(0, 3, 2 * 2050), normal(1, 3, 2050), np.abs(normal(2, 3))
+    leaves = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (gate_up, weight)]
+    expected = in_torch(activation, leaves[0]) * leaves[1][:, None]
+    expected.backward(torch.tensor(d_act, dtype=torch.float64))
+    options = dict(activation=activation, implementation=implementation)
+
+    @jax.jit
+    def run(gate_up, weight, d_act):
+        y, vjp = jax.vjp(lambda x, w: glu(x, row_weight=w, **options), gate_up, weight)
+        stacked = jnp.stack([jnp.zeros_like(gate_up), gate_up])  # read where it lies, as the training loop does
+        return y, *vjp(d_act), *glu_backward(stacked, d_act, index=jnp.int32(1), row_weight=weight, **options)
+
+    y, d_gate_up, d_weight, *again = run(gate_up, weight, d_act)
+    for a, b in zip((y, d_gate_up, d_weight), (expected.detach(), *(leaf.grad for leaf in leaves)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+    for a, b in zip(again, (d_gate_up, y, d_weight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+
+
 def test_the_normal_law_of_the_kernel_is_accurate_in_float32():
     x = np.concatenate([np.linspace(-14, 14, 200_001), [0.0, 1.25, -1.25, 1e30, -1e30]]).astype(np.float32)
     cdf, pdf = (np.asarray(y, np.float64) for y in jax.jit(normal_law)(x))

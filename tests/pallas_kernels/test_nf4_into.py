@@ -1,11 +1,13 @@
 """NF4 decoding into a part of a buffer, scaled to the range of fp8 and transposed: exact, and nothing else touched."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda_lowering import cuda_text, kernels
 
 from fastft_jax.pallas_kernels import nf4
+from fastft_jax.pallas_kernels.case import Case
 from fastft_jax.pallas_kernels.nf4.cases import CASES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -58,6 +60,29 @@ def test_rows_and_transpose_equal_the_reference_bit_for_bit(shape, scaled, doubl
     columns = np.asarray(nf4.decode_transposed_into(buffer, *operands, 1, factor, **place))
     assert same_bits(columns[:, 7 : 7 + n].T, expected)
     assert np.isnan(columns.astype(np.float32)).sum() == columns.size - expected.size
+
+
+def test_the_experts_of_a_layer_are_decoded_among_each_others_rows():
+    """Two linears of three experts each, of layer 1 of 2: expert e's rows of the one, then of the other."""
+    first, second = (stack(shape, True, layers=6)[0] for shape in ((5, 64), (7, 64)))
+    place = dict(size=(36, 64), count=3, step=12, dtype=jnp.bfloat16)
+    buffer = nf4.decode_into(None, *first, 3, shape=(5, 64), row=0, **place)
+    buffer = nf4.decode_into(buffer, *second, 3, shape=(7, 64), row=5, **place)
+    pairs = [(operands, 3 + e, n) for e in range(3) for operands, n in ((first, 5), (second, 7))]
+    each = [reference(operands, matrix, None, (n, 64), jnp.bfloat16) for operands, matrix, n in pairs]
+    assert same_bits(buffer, np.concatenate(each))
+    with pytest.raises(ValueError, match="do not fit row 6"):
+        nf4.decode_into(buffer, *second, 3, shape=(7, 64), row=6, **place)
+
+
+def test_stacks_beyond_4_gib_are_read_with_64_bit_offsets():
+    """Mixtral's: 32 layers of 8 experts, 7.5 GB of codes; in 2 to 4 GiB Pallas's offsets would be 32-bit and signed."""
+    groups, spec = 14336 * 4096 // 64, jax.ShapeDtypeStruct
+    args = spec((256, groups, 32), jnp.uint8), spec((256, groups), jnp.float32)
+    place = dict(shape=(14336, 4096), size=(8 * 14336, 4096), row=0, count=8, step=14336, dtype=jnp.bfloat16)
+    run = lambda c, a, interpret: nf4.decode_into(None, c, a, None, None, 8, **place, interpret=interpret)  # noqa: E731
+    assert kernels(cuda_text(Case("stack", run, run, args, bytes=0))) == 1
+    assert [nf4.in_reach(size) for size in (2**31 - 1, 2**31, 2**32, 2**32 + 1)] == [True, False, False, True]
 
 
 def test_a_factor_multiplies_absmax_before_the_one_rounding():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from fastft_jax.pallas_kernels.nf4 import reference
 from fastft_jax.quant import nf4
 
 quantize = jax.jit(nf4.quantize, static_argnames="double_quant")
@@ -186,12 +187,14 @@ def test_stack_is_sliced_by_scan_into_the_matrices_it_was_made_of():
         nf4.stack([parts[0], quantize(np.zeros((24, 41), np.float32))])
 
 
-def test_a_stack_that_is_more_than_kernels_take_is_copied_a_layer_at_a_time(monkeypatch):
+def test_a_stack_that_kernels_cannot_address_is_copied_a_layer_at_a_time(monkeypatch):
     w = np.random.default_rng(3).standard_normal((3, 64, 128)).astype(np.float32)
     stacked = nf4.stack([nf4.quantize(jnp.asarray(each)) for each in w])
     assert stacked.at(jnp.int32(1)).layer is not None
     expected = nf4.dequantize(stacked.at(jnp.int32(1)), jnp.float32)
-    monkeypatch.setattr(nf4, "MAX_CODE_BYTES", stacked.codes.size)
+    monkeypatch.setattr(reference, "MAX_CODE_BYTES", stacked.codes.size // 2 - 1)  # offsets of 64 bits
+    assert stacked.at(jnp.int32(1)).layer is not None
+    monkeypatch.setattr(reference, "MAX_CODE_BYTES", stacked.codes.size // 2)
     alone = jax.jit(lambda stacked, i: stacked.at(i))(stacked, 1)
     assert alone.layer is None and alone.codes.shape == stacked.codes.shape[1:]
     np.testing.assert_array_equal(nf4.dequantize(alone, jnp.float32), expected)

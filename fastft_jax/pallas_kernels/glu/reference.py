@@ -28,11 +28,16 @@ ACTIVATIONS = {
 
 
 def forward(
-    gate_up: Float[Array, "*B 2F"], *, activation: Activation, room: int, index: None = None
+    gate_up: Float[Array, "*B 2F"],
+    *,
+    activation: Activation,
+    room: int,
+    index: None = None,
+    row_weight: Float[Array, "*B"] | None = None,
 ) -> Float[Array, "*B F+room"]:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     act = ACTIVATIONS[activation](gate.astype(jnp.float32)).astype(gate.dtype)
-    return with_room(act * linear_half(activation, up)[0], room)
+    return with_room(_weighted(act * linear_half(activation, up)[0], row_weight), room)
 
 
 def backward(
@@ -43,14 +48,24 @@ def backward(
     room: int,
     with_act: bool,
     index: None = None,
-) -> tuple[Float[Array, "*B 2F"], Float[Array, "*B F+room"] | None]:
+    row_weight: Float[Array, "*B"] | None = None,
+) -> tuple[Array | None, ...]:
     """d_gate = d up act'(gate), d_up = d act(gate), in float32, and the forward's result if `with_act`; with the
-    derivative of what `linear_half` makes of up."""
+    derivative of what `linear_half` makes of up. With `row_weight`, that times d, and its own gradient as a third."""
     f = gate_up.shape[-1] // 2
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     d = d_act[..., :f].astype(jnp.float32)
     act, pull = jax.vjp(ACTIVATIONS[activation], gate)
     act = act.astype(gate_up.dtype)
     up, up_slope = linear_half(activation, up)
+    y = act * up.astype(act.dtype)
+    d_weight = ()
+    if row_weight is not None:
+        d_weight = (jnp.sum(d * y.astype(jnp.float32), axis=-1),)
+        d = d * row_weight[..., None]
     d_gate_up = jnp.concatenate([*pull(d * up), d * act.astype(jnp.float32) * up_slope], axis=-1).astype(gate_up.dtype)
-    return d_gate_up, with_room(act * up.astype(act.dtype), room) if with_act else None
+    return d_gate_up, with_room(_weighted(y, row_weight), room) if with_act else None, *d_weight
+
+
+def _weighted(y: Float[Array, "*B F"], row_weight: Float[Array, "*B"] | None) -> Float[Array, "*B F"]:
+    return y if row_weight is None else (y.astype(jnp.float32) * row_weight[..., None]).astype(y.dtype)

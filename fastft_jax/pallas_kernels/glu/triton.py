@@ -41,30 +41,43 @@ def _columns(blocks: int, block: int) -> Array:
     return (pallas.program_id(0) % blocks * block + jnp.arange(block))[None, :]
 
 
+def _weighted(y: Array, dtype, weight_ref, blocks: int) -> Array:
+    """y rounded, and times its row's weight, if there is one."""
+    y = y.astype(dtype)
+    if weight_ref is None:
+        return y
+    return (y.astype(jnp.float32) * weight_ref[pallas.program_id(0) // blocks]).astype(dtype)
+
+
 def _forward_kernel(
-    index_ref, gate_up_ref, out_ref, *, activation: str, m: int, f: int, room: int, blocks: int, block: int
+    index_ref, gate_up_ref, *refs, activation: str, m: int, f: int, room: int, blocks: int, block: int, weighted: bool
 ) -> None:
+    """refs: [weight,] out."""
+    weight_ref, out_ref = refs if weighted else (None, *refs)
     columns = _columns(blocks, block)
     gate, up = _load_pair((index_ref, gate_up_ref, m), f, blocks, columns < f)
     # Beyond F gate and up read 0, and every activation maps 0 to 0: the room fills itself.
     act, _ = _act(gate, activation, out_ref.dtype)
     up, _ = _linear(up, activation, out_ref.dtype)
-    pallas.store(out_ref, (act * up).astype(out_ref.dtype), mask=columns < f + room)
+    pallas.store(out_ref, _weighted(act * up, out_ref.dtype, weight_ref, blocks), mask=columns < f + room)
 
 
 def _backward_kernel(
     index_ref,
     gate_up_ref,
     d_ref,
-    d_gate_up_ref,
-    *act_ref,
+    *refs,
     activation: str,
     m: int,
     f: int,
     room: int,
     blocks: int,
     block: int,
+    weighted: bool,
 ) -> None:
+    """refs: [weight,] d_gate_up[, act][, this program's part of the weight's gradient]."""
+    weight_ref, part_ref = (refs[0], refs[-1]) if weighted else (None, None)
+    d_gate_up_ref, *act_ref = refs[1:-1] if weighted else refs
     columns = _columns(blocks, block)
     inside = columns < f
     gate, up = _load_pair((index_ref, gate_up_ref, m), f, blocks, inside)
@@ -73,15 +86,19 @@ def _backward_kernel(
     act, slope = _act(gate, activation, dtype)
     up, up_slope = _linear(up, activation, dtype)
     row, first = pallas.program_id(0) // blocks, pallas.program_id(0) % blocks * block
-    for half, grad in enumerate((d * up * slope, d * act * up_slope)):
+    scaled = d * weight_ref[row] if weighted else d
+    for half, grad in enumerate((scaled * up * slope, scaled * act * up_slope)):
         at = d_gate_up_ref.at[pallas.ds(row, 1), pallas.ds(half * f + first, block)]
         pallas.store(at, grad.astype(dtype), mask=inside)
     if act_ref:
-        pallas.store(act_ref[0], (act * up).astype(dtype), mask=columns < f + room)
+        pallas.store(act_ref[0], _weighted(act * up, dtype, weight_ref, blocks), mask=columns < f + room)
+    if weighted:  # last: threads wait for each other in a sum, and would hold all that comes after it
+        part_ref[0] = jnp.sum(d * (act * up).astype(dtype).astype(jnp.float32))
 
 
-def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret, in_place=False):
-    """`outs` names the outputs: "pair" is [M, 2F], "single" [M, F + room]; room counts where a single is written.
+def _call(kernel, name, gate_up, index, others, outs, activation, room, interpret, in_place=False, weight=None):
+    """`outs` names the outputs: "pair" is [M, 2F], "single" [M, F + room]; room counts where a single is written;
+    "parts" has one float32 of each program, [M, programs a row].
 
     `in_place`, a pair takes the place of gate_up, and a single that of `others`' if it is as wide: each element is read
     by the program that writes it.
@@ -94,22 +111,26 @@ def _call(kernel, name, gate_up, index, others, outs, activation, room, interpre
     whole = lambda a: pallas.BlockSpec(a.shape, lambda i: (0,) * a.ndim)  # noqa: E731
     single = pallas.BlockSpec((1, block), lambda i: (i // blocks, i % blocks))
     shapes = {name: jax.ShapeDtypeStruct((m, n), gate_up.dtype) for name, n in (("pair", 2 * f), ("single", f + room))}
+    shapes["parts"] = jax.ShapeDtypeStruct((m * blocks,), jnp.float32)
+    specs = {"pair": whole(shapes["pair"]), "single": single, "parts": pallas.BlockSpec((1,), lambda i: (i,))}
     others = [other.reshape(m, -1) for other in others]
+    weights = [] if weight is None else [weight.astype(jnp.float32).reshape(m)]
     aliases = {1: 0} if in_place and index is None else {}
     if in_place and "single" in outs and (others[0].shape, others[0].dtype) == (shapes["single"].shape, gate_up.dtype):
         aliases[2] = outs.index("single")
     index = jnp.asarray(0 if index is None else index, jnp.int32).reshape(1)
+    numbers = dict(m=m, f=f, room=room, blocks=blocks, block=block)
     return pallas.call(
-        functools.partial(kernel, activation=activation, m=m, f=f, room=room, blocks=blocks, block=block),
+        functools.partial(kernel, activation=activation, **numbers, weighted=weight is not None),
         name=f"{activation}_{name}",
         grid=(m * blocks,),
-        in_specs=[whole(index), whole(rows)] + [single] * len(others),
-        out_specs=[whole(shapes["pair"]) if out == "pair" else single for out in outs],
+        in_specs=[whole(index), whole(rows)] + [single] * len(others) + [whole(a) for a in weights],
+        out_specs=[specs[out] for out in outs],
         out_shape=[shapes[out] for out in outs],
         input_output_aliases=aliases,
         num_warps=max(1, block // 512),
         interpret=interpret,
-    )(index, rows, *others)
+    )(index, rows, *others, *weights)
 
 
 def forward(
@@ -118,9 +139,11 @@ def forward(
     activation: str,
     room: int = 0,
     index: Int[Array, ""] | None = None,
+    row_weight: Float[Array, "*B"] | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "*B F+room"]:
-    (out,) = _call(_forward_kernel, "glu", gate_up, index, [], ["single"], activation, room, interpret)
+    options = dict(weight=row_weight)
+    (out,) = _call(_forward_kernel, "glu", gate_up, index, [], ["single"], activation, room, interpret, **options)
     return out.reshape(*(gate_up.shape[:-1] if index is None else gate_up.shape[1:-1]), -1)
 
 
@@ -133,13 +156,15 @@ def backward(
     with_act: bool = True,
     index: Int[Array, ""] | None = None,
     in_place: bool = False,
+    row_weight: Float[Array, "*B"] | None = None,
     interpret: bool | None = None,
-) -> tuple[Float[Array, "*B 2F"], Float[Array, "*B F+room"] | None]:
+) -> tuple[Array | None, ...]:
     """`in_place` is for operands that nothing reads afterwards: XLA would copy them."""
-    outs = ["pair"] + ["single"] * with_act
+    outs = ["pair"] + ["single"] * with_act + ["parts"] * (row_weight is not None)
     room = room if with_act else 0
-    d_gate_up, *act = _call(
-        _backward_kernel, "glu_backward", gate_up, index, [d_act], outs, activation, room, interpret, in_place
-    )
+    options = (activation, room, interpret, in_place, row_weight)
+    d_gate_up, *rest = _call(_backward_kernel, "glu_backward", gate_up, index, [d_act], outs, *options)
     lead = gate_up.shape[:-1] if index is None else gate_up.shape[1:-1]
-    return d_gate_up.reshape(*lead, -1), act[0].reshape(*lead, -1) if with_act else None
+    act = rest[0].reshape(*lead, -1) if with_act else None
+    d_weight = () if row_weight is None else (jnp.sum(rest[-1].reshape(*lead, -1), axis=-1),)
+    return d_gate_up.reshape(*lead, -1), act, *d_weight

@@ -13,25 +13,25 @@ from jaxtyping import Array, Float, Int, UInt8
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4 import reference
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
-from fastft_jax.pallas_kernels.nf4.reference import MAX_CODE_BYTES
+from fastft_jax.pallas_kernels.nf4.reference import in_reach
 
 Implementation = Literal["xla", "triton"]
 
 __all__ = [
-    "MAX_CODE_BYTES",
     "NF4_CODE",
     "Implementation",
     "decode_into",
     "decode_transposed_into",
     "dequantize",
     "dynamic_map",
+    "in_reach",
     "kernel_takes",
 ]
 
 
 def kernel_takes(codes: UInt8[Array, "*L G 32"]) -> bool:
-    """Whether the kernel is the default for these codes here: on a GPU, up to its 2 GiB."""
-    return pallas.on_gpu() and codes.size < MAX_CODE_BYTES
+    """Whether the kernel is the default for these codes here: on a GPU, if it can address them."""
+    return pallas.on_gpu() and in_reach(codes.size)
 
 
 def decode_into(
@@ -46,10 +46,14 @@ def decode_into(
     shape: tuple[int, int],
     size: tuple[int, int],
     row: int,
+    count: int = 1,
+    step: int = 0,
     dtype: jax.typing.DTypeLike,
     interpret: bool | None = None,
 ) -> Float[Array, "rows width"]:
     """Write matrix `layer` of a stack, [N, K] = `shape`, at row `row` and column 0 of a buffer of `size`, in place.
+
+    With `count`, that many matrices from `layer` on, each `step` rows below the one before: a layer's experts.
 
     `into` None makes the buffer; what is not written holds anything. So one GEMM can have several projections and the
     columns of a LoRA pair in its weight, without a copy. The kernel alone does this; K and the width must be multiples
@@ -58,7 +62,7 @@ def decode_into(
     from fastft_jax.pallas_kernels.nf4 import triton
 
     (n, k), (rows, width) = shape, size
-    if k % 64 or width % 64 or k > width or row + n > rows or n * k != 64 * codes.shape[-2]:
+    if k % 64 or width % 64 or k > width or row + (count - 1) * step + n > rows or n * k != 64 * codes.shape[-2]:
         raise ValueError(f"{codes.shape[-2]} blocks as {shape} do not fit row {row} of {size} in blocks of 64")
     out = triton.decode(
         codes,
@@ -71,6 +75,8 @@ def decode_into(
         rows=rows,
         pitch=width // 64,
         row=row,
+        count=count,
+        step=step,
         blocks_a_row=k // 64,
         dtype=dtype,
         interpret=interpret,
@@ -125,8 +131,8 @@ def dequantize(
     absmax[g] = map[absmax[g]] * absmax_scale[g // 256] + absmax_offset, both operations rounded. `factor` multiplies
     the float32 absmax, to bring weights into the range of a narrow `dtype`. Both implementations and bitsandbytes on a
     CPU agree bit for bit (float32 values below 2**-126 aside, which XLA on a CPU flushes to zero). `None` picks
-    "triton" on a GPU, "xla" elsewhere or above the kernel's 2 GiB of codes. Not differentiable in the kernel: quantised
-    weights are frozen. Raises ValueError for shapes, dtypes or names that do not fit.
+    "triton" on a GPU, "xla" elsewhere or where the kernel cannot address the codes. Not differentiable in the kernel:
+    quantised weights are frozen. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     groups = codes.shape[0]
     if codes.ndim != 2 or codes.shape[1] != 32 or codes.dtype != "uint8" or absmax.shape != (groups,):

@@ -8,9 +8,14 @@ from jaxtyping import Array, Float, Int, UInt8
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
 
 MAX_CODE_BYTES = 2**31
-"""Pallas's offsets are 32-bit for arrays up to 4 GiB, and signed: what a kernel reads must stay below 2 GiB."""
 GROUPS_PER_SCALE = 256
 """Blocks of 64 weights that share one scale of a double-quantised absmax."""
+
+
+def in_reach(code_bytes: int) -> bool:
+    """Whether a kernel can address so many bytes of codes: Pallas's offsets, counted in elements, are 32-bit and signed
+    for arrays up to 4 GiB and 64-bit above, which leaves a gap from 2 GiB to 4 GiB."""
+    return code_bytes < MAX_CODE_BYTES or code_bytes > 2 * MAX_CODE_BYTES
 
 
 def scale_and_shift(

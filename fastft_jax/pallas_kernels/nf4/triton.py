@@ -8,20 +8,22 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.nf4.codebooks import NF4_CODE, dynamic_map
-from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, MAX_CODE_BYTES, scale_and_shift
+from fastft_jax.pallas_kernels.nf4.reference import GROUPS_PER_SCALE, in_reach, scale_and_shift
 
 GROUPS_PER_PROGRAM = 32
 """Must divide 256. On an H200, [14336, 4096] to bfloat16: 43-48 us with 32, 45-50 with 64, 52 with 16 (XLA: 81)."""
 
 
-def _kernel(*refs, double: bool, scaled: bool, groups: int, row: int, blocks_a_row: int, pitch: int) -> None:
+def _kernel(*refs, double: bool, scaled: bool, groups: int, row: int, step: int, blocks_a_row: int, pitch: int) -> None:
     """One program decodes 32 blocks; refs: layer, codes, absmax[, scale, offset, map], table[, factor][, buffer], out.
 
-    Block g of the matrix is block `(row + g // blocks_a_row) * pitch + g % blocks_a_row` of the buffer it goes to.
+    Block g of the matrix is block `(row + g // blocks_a_row) * pitch + g % blocks_a_row` of the buffer it goes to, with
+    `step` rows more for each matrix before it: programs are [blocks, matrices].
     """
     layer_ref, codes_ref, absmax_ref, *rest = refs
     out_ref, table_ref = refs[-1], rest[3] if double else rest[0]
-    layer = layer_ref[0]
+    number = pallas.program_id(1)
+    layer = layer_ref[0] + number
     first = pallas.program_id(0) * GROUPS_PER_PROGRAM
     block = first + jnp.arange(GROUPS_PER_PROGRAM)
     inside = block < groups
@@ -38,7 +40,7 @@ def _kernel(*refs, double: bool, scaled: bool, groups: int, row: int, blocks_a_r
         absmax = absmax * rest[4 if double else 1][0]
     halves = jnp.broadcast_to(inside[:, None], (GROUPS_PER_PROGRAM, 32))
     byte = pallas.load(codes_ref.at[here, :], mask=halves, other=0).astype(jnp.int32)
-    target = (row + block // blocks_a_row) * pitch + block % blocks_a_row
+    target = (row + number * step + block // blocks_a_row) * pitch + block % blocks_a_row
     for half, nibble in enumerate((byte >> 4, byte & 15)):
         out = out_ref.at[target[:, None], 32 * half + jnp.arange(32)[None, :]]
         pallas.store(out, (table_ref[nibble] * absmax[:, None]).astype(out_ref.dtype), mask=halves)
@@ -47,9 +49,9 @@ def _kernel(*refs, double: bool, scaled: bool, groups: int, row: int, blocks_a_r
 def flat_operands(codes, absmax, absmax_scale, absmax_offset, layer, factor) -> list[Array]:
     """What both kernels read, in the order of their refs; stacks are flat, addressed by the layer."""
     lead, groups = codes.shape[:2]
-    if codes.size >= MAX_CODE_BYTES:
+    if not in_reach(codes.size):
         raise ValueError(
-            f"the triton NF4 kernel takes less than 2 GiB of codes, got {codes.size:,} bytes: split the matrix"
+            f"the triton NF4 kernel takes less than 2 GiB of codes, or more than 4; got {codes.size:,}: split them"
         )
     operands = [jnp.asarray(layer, jnp.int32).reshape(1), codes.reshape(lead * groups, 32), absmax.reshape(-1)]
     if absmax_scale is not None:
@@ -70,11 +72,14 @@ def decode(
     rows: int,
     pitch: int,
     row: int,
+    count: int = 1,
+    step: int = 0,
     blocks_a_row: int,
     dtype: jax.typing.DTypeLike,
     interpret: bool | None = None,
 ) -> Float[Array, "rows pitch 64"]:
     """Decode matrix `layer` of a stack into `rows` rows of `pitch` blocks, from row `row` on; the rest stays as it is.
+    So are the `count - 1` matrices after it, each `step` rows below the one before.
 
     `into` is written in place; None makes a new buffer, whose other elements hold anything. `factor` multiplies absmax,
     in float32, before it is used. Reading the stack at an index instead of a slice of it spares a copy of the codes
@@ -87,7 +92,7 @@ def decode(
     if into is not None:
         aliases = {len(operands): 0}
         operands.append(into.reshape(out_shape.shape))
-    whole = lambda a: pallas.BlockSpec(a.shape, lambda i: (0,) * len(a.shape))  # noqa: E731
+    whole = lambda a: pallas.BlockSpec(a.shape, lambda *_: (0,) * len(a.shape))  # noqa: E731
     double = absmax_scale is not None
     flat = pallas.call(
         functools.partial(
@@ -96,11 +101,12 @@ def decode(
             scaled=factor is not None,
             groups=groups,
             row=row,
+            step=step,
             blocks_a_row=blocks_a_row,
             pitch=pitch,
         ),
         name="nf4_dequantize_double" if double else "nf4_dequantize",
-        grid=(pallas.cdiv(groups, GROUPS_PER_PROGRAM),),
+        grid=(pallas.cdiv(groups, GROUPS_PER_PROGRAM), count),
         in_specs=[whole(a) for a in operands],
         out_specs=whole(out_shape),
         out_shape=out_shape,
