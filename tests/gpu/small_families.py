@@ -94,9 +94,8 @@ def base(model_type: str, *, dtype: Any = jnp.bfloat16, load_in_4bit: bool = Tru
 
 def adapted(model: FastLanguageModel, **options) -> FastLanguageModel:
     """With LoRA on every linear, whose B is not zero."""
-    return FastLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **options
-    )
+    always = dict(r=8, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    return FastLanguageModel.get_peft_model(model, **(always | options))
 
 
 def packed_batch() -> tuple[dict[str, jax.Array], LossOptions]:
