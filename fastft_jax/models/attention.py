@@ -86,15 +86,11 @@ class Attention(nnx.Module):
         drop = (None,) * 4 if keys is None else keys
         linears = self._projections
         qkv, x = project_normed(norm, linears, x, keep, drop[: len(linears)])
-        if self.grouped:
-            qkv = self._ungrouped(qkv)
-        if self.qk_norm == "projection":
-            qkv = self._norm_whole(qkv)
-        if self.interleaved:
-            qkv = self._halves(qkv)
+        slot = self._kept(qkv, keep)
         by_head = self.qk_norm == "head"
+        trained = by_head and self.q_norm.trained
         q, k, v = rope_qkv(
-            qkv,
+            slot.read() if trained else slot.value,
             *seq.tables[self.rope],
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -103,9 +99,12 @@ class Attention(nnx.Module):
             k_norm=self.k_norm.weight.get_value() if by_head else None,
             eps=self.q_norm.eps if by_head else None,
             plus_one=by_head and self.q_norm.plus_one,
-            train_weight=by_head and self.q_norm.trained,
+            train_weight=trained,
+            stack=None if trained else slot.stack,
+            index=None if trained else slot.index,
         )
-        q, k, v = keep("q", q), keep("k", k), keep("v", v)
+        if not keep.keeps("qkv"):
+            q, k, v = keep("q", q), keep("k", k), keep("v", v)
         if cache is not None:
             at = (0, seq.q_offset, 0, 0)
             k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at)
@@ -127,6 +126,18 @@ class Attention(nnx.Module):
             keep=keep,
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1), keep, drop[3]), x, cache
+
+    def _kept(self, qkv: Float[Array, "B T N"], keep: Keep) -> Slot:
+        """The projections as kept for the backward pass, then all queries, all keys and all values, as rope reads
+        them, with a norm over whole projections applied."""
+        if not self.grouped and self.qk_norm != "projection" and not self.interleaved:
+            return keep.slot("qkv", qkv)
+        qkv = keep("qkv", qkv)
+        if self.grouped:
+            qkv = self._ungrouped(qkv)
+        if self.qk_norm == "projection":
+            qkv = self._norm_whole(qkv)
+        return Slot(self._halves(qkv) if self.interleaved else qkv)
 
     def _ungrouped(self, qkv: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
         """[K, N / K + 2, H], of each key head its queries, it and its value -> all queries, all keys, all values."""

@@ -16,8 +16,8 @@ LAYER_INPUT = "layer_input"
 # kept row of an expert would be the right one.
 ROUTING = "routing"
 RESIDUAL_NAMES = (
-    *(LAYER_INPUT, "latent", "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h", "block_out"),
-    ROUTING,
+    *(LAYER_INPUT, "latent", "qkv", "q", "k", "v", "attn_out", "attn_lse", "mid_residual", "gate_up", "lora_h"),
+    *("block_out", ROUTING),
 )
 ALWAYS = (LAYER_INPUT, ROUTING)  # kept whatever the policy says
 

@@ -81,6 +81,30 @@ def test_values_and_gradients_equal_transformers(layout, norm, implementation):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@BOTH
+@pytest.mark.parametrize("layout, normed", [(WHOLE, False), (PARTIAL, True)])
+def test_a_slice_of_a_stack_is_read_in_place_of_the_array(layout, normed, implementation):
+    """The last slice included; the array itself is only what the gradient belongs to."""
+    n, k, h, half = layout
+    qkv, cos, sin, q_norm, k_norm, cotangents = problem(n, k, h, half)
+    options = dict(num_heads=n, num_kv_heads=k, head_dim=h, implementation=implementation)
+    if normed:
+        options |= dict(q_norm=q_norm, k_norm=k_norm, eps=EPS)
+
+    @jax.jit
+    def run(qkv, stack=None, index=None):
+        rope = lambda qkv: rope_qkv(qkv, jnp.asarray(cos), jnp.asarray(sin), stack=stack, index=index, **options)  # noqa: E731
+        outs, vjp = jax.vjp(rope, qkv)
+        return *outs, *vjp(cotangents)
+
+    wanted = run(qkv)
+    stack = np.stack([normal(9, *qkv.shape), normal(10, *qkv.shape), qkv])
+    for shift in (0, 1):
+        ours = run(np.zeros_like(qkv), np.roll(stack, -shift, 0), jnp.int32(2 - shift))
+        for a, b in zip(ours, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)  # compiled twice: a float32 ulp or two
+
+
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     heads=st.tuples(st.integers(1, 4), st.integers(1, 3)).map(lambda pair: (pair[0] * pair[1], pair[1])),

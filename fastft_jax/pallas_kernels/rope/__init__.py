@@ -4,7 +4,7 @@ import functools
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.rope import reference
@@ -28,6 +28,8 @@ def rope_qkv(
     eps: float | None = None,
     plus_one: bool = False,
     train_weight: bool = False,
+    stack: Float[Array, "L B T (N+2K)*H"] | None = None,
+    index: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """`rope(norm(q)), rope(norm(k)), v` of a projection whose rows are N query, K key and K value heads.
@@ -35,7 +37,8 @@ def rope_qkv(
     The rotation is `apply_rope`'s: the first P of a head's H elements in halves, float32, one cast. With `q_norm` and
     `k_norm` (both or neither) every head is first normalised as `rms_norm(head, weight, eps=eps, plus_one=plus_one)`
     (Qwen3; Gemma 3 with `plus_one`). One pass over the data forward and one backward; without norms the gradient
-    needs cos and sin alone, with them also qkv. Gradients of cos and sin are zero.
+    needs cos and sin alone, with them also qkv. Gradients of cos and sin are zero. With `stack`, qkv is also what
+    `stack[index]` holds, and both passes read it there.
 
     The norm weights' gradients are zero unless `train_weight`, which only "xla" computes. `implementation` None picks
     "triton" on a GPU where it applies. Raises ValueError for shapes, options and names that do not fit.
@@ -49,8 +52,11 @@ def rope_qkv(
     if train_weight:
         if implementation == "triton":
             raise ValueError("the triton rope kernel has no gradient of the norm weights: use 'xla' or None")
+        if stack is not None:
+            raise ValueError("no gradient of the norm weights from a stack")
         return reference.forward(qkv, cos, sin, norms, layout)
-    return _rope_qkv(qkv, cos, sin, norms, layout, implementation or ("triton" if pallas.on_gpu() else "xla"))
+    implementation = implementation or ("triton" if pallas.on_gpu() else "xla")
+    return _rope_qkv(qkv, stack, index, cos, sin, norms, layout, implementation)
 
 
 def _check(qkv, cos, sin, norms, layout: Layout) -> None:
@@ -73,20 +79,22 @@ def _kernels(implementation: Implementation):
     return triton
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _rope_qkv(qkv, cos, sin, norms, layout, implementation):
-    return _kernels(implementation).forward(qkv, cos, sin, norms, layout)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _rope_qkv(qkv, stack, index, cos, sin, norms, layout, implementation):
+    source = qkv if stack is None else stack
+    return _kernels(implementation).forward(source, cos, sin, norms, layout, index)
 
 
-def _forward(qkv, cos, sin, norms, layout, implementation):
-    saved = (cos, sin, norms, qkv if norms else None)
-    return _rope_qkv(qkv, cos, sin, norms, layout, implementation), saved
+def _forward(qkv, stack, index, cos, sin, norms, layout, implementation):
+    source = qkv if stack is None else stack
+    outputs = _rope_qkv(qkv, stack, index, cos, sin, norms, layout, implementation)
+    return outputs, (cos, sin, norms, source if norms else None, index)
 
 
 def _backward(layout, implementation, saved, cotangents):
-    cos, sin, norms, qkv = saved
-    d_qkv = _kernels(implementation).backward(cotangents, cos, sin, norms, qkv, layout)
-    return d_qkv, None, None, (None,) * len(norms)
+    cos, sin, norms, source, index = saved
+    d_qkv = _kernels(implementation).backward(cotangents, cos, sin, norms, source, layout, index)
+    return d_qkv, None, None, None, None, (None,) * len(norms)
 
 
 _rope_qkv.defvjp(_forward, _backward)

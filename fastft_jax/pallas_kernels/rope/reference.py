@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from fastft_jax.pallas_kernels.rms_norm import reference as rms_norm
 
@@ -37,14 +38,15 @@ def apply_rope(
 
 
 def forward(
-    qkv: Float[Array, "B T (N+2K)*H"],
+    qkv: Float[Array, "*L_B T (N+2K)*H"],
     cos: Float[Array, "B T P/2"],
     sin: Float[Array, "B T P/2"],
     norms: tuple[Float[Array, "H"], ...],
     layout: Layout,
+    index: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """`norms` holds the weights of the query and the key norm, or nothing."""
-    q, k, v = _split(qkv, layout)
+    """`norms` holds the weights of the query and the key norm, or nothing; with an index, qkv is a stack's slice."""
+    q, k, v = _split(_at(qkv, index), layout)
     if norms:
         options = {"eps": layout.eps, "plus_one": layout.plus_one, "room": 0}
         q, k = (rms_norm.forward(x, weight, **options) for x, weight in zip((q, k), norms, strict=True))
@@ -56,8 +58,9 @@ def backward(
     cos: Float[Array, "B T P/2"],
     sin: Float[Array, "B T P/2"],
     norms: tuple[Float[Array, "H"], ...],
-    qkv: Float[Array, "B T (N+2K)*H"] | None,
+    qkv: Float[Array, "*L_B T (N+2K)*H"] | None,
     layout: Layout,
+    index: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T (N+2K)*H"]:
     """The rotation's transpose is the rotation by minus the angle; `qkv` is needed only where heads are normalised."""
     *rotated, dv = cotangents
@@ -66,9 +69,13 @@ def backward(
         options = {"eps": layout.eps, "plus_one": layout.plus_one, "train_weight": False}
         grads = [
             rms_norm.backward(d, x, weight, None, **options)[0]
-            for d, x, weight in zip(grads, _split(qkv, layout)[:2], norms, strict=True)
+            for d, x, weight in zip(grads, _split(_at(qkv, index), layout)[:2], norms, strict=True)
         ]
     return jnp.concatenate([*(d.astype(dv.dtype) for d in grads), dv], axis=2).reshape(*dv.shape[:2], -1)
+
+
+def _at(qkv: Array, index: Int[Array, ""] | None) -> Float[Array, "B T (N+2K)*H"]:
+    return qkv if index is None else lax.dynamic_index_in_dim(qkv, index, keepdims=False)
 
 
 def _split(qkv: Float[Array, "B T (N+2K)*H"], layout: Layout) -> list[Array]:
