@@ -42,6 +42,34 @@ def test_the_speeds_in_the_readme_are_recorded_ones(repo):
         assert float(memory) == round(record["peak_memory_bytes"] / 2**30, 1)
 
 
+def test_the_speeds_beside_unsloths_are_recorded_ones(repo):
+    """Every row is the newest call in which both were measured, rounded, and says how the two compare."""
+    text = (repo / "docs" / "performance.md").read_text().split("## Beside Unsloth")[1].split("\n## ")[0]
+    newest = {}
+    for line in (repo / "benchmarks" / "peers.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        newest.setdefault(record["model"], {}).setdefault(record["call"], {})[record["who"]] = record
+
+    def cells(record):
+        if "error" in record:
+            return ["failed", ""]
+        median, low, high = (f"{x:,.0f}" for x in (record["tokens_per_second"], *record["tokens_per_second_range"]))
+        return [f"{median} ({low} to {high})", f"{record['peak_memory_bytes'] / 2**30:.1f}"]
+
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\| [A-Z].*-.*\|$", text, re.M)
+    ]
+    assert {name.lower() for name, *_ in rows} == newest.keys()
+    for name, *found in rows:
+        calls = [pair for pair in newest[name.lower()].values() if len(pair) == 2]
+        theirs, ours = calls[-1]["unsloth"], calls[-1]["fastft-jax"]
+        speed, memory = "", ""
+        if "error" not in theirs:
+            speed = f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f}"
+            memory = f"{ours['peak_memory_bytes'] / theirs['peak_memory_bytes']:.0%}"
+        assert found == [*cells(theirs), *cells(ours), speed, memory], name
+
+
 def test_the_compatibility_page_has_every_family_in_every_format_and_nothing_untested(repo):
     from fastft_jax.models.families.registry import FAMILIES
 
