@@ -92,10 +92,14 @@ class Probe(Keep):
         return value
 
     def buffers(self, count: int) -> Buffers:
-        """Room for `count` layers. Device memory is not cleared: every element is written before it is read."""
+        """Room for `count` layers, not cleared: every element is written before it is read.
+
+        The host's is asked for as a constant, which XLA does not write, each a different one: equal ones would be one
+        buffer, of which it makes copies, on the host: 239 of 654 ms a step of GPT-OSS 20B, whose layers come in pairs.
+        """
         return Buffers(
             {key: uninitialised((count, *s.shape), s.dtype) for key, s in self.device.items()},
-            {key: to_host(jnp.zeros((count, *s.shape), s.dtype)) for key, s in self.host.items()},
+            {key: to_host(jnp.full((count, *s.shape), n, s.dtype)) for n, (key, s) in enumerate(self.host.items())},
         )
 
 

@@ -5,6 +5,7 @@ A step is right where its gradients are about as far from float32's as those of 
 """
 
 import json
+import re
 import shutil
 import warnings
 
@@ -72,6 +73,14 @@ def test_lora_on_nf4_trains_as_with_the_references(model_type):
     if model_type in NO_LIBRARY_ATTENTION and ATTENTION not in found.text:
         faults.append("attention is not the kernel of ours")
     assert not faults, "\n".join([f"policy {policy}", *faults])
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_what_layers_that_come_in_pairs_offload_is_not_copied_on_the_host(model_type):
+    """Two values of one shape a turn of the loop: their host buffers must not be one that XLA copies every step."""
+    found = small.compare(small.adapted(small.base(model_type)).decoder, "offload")
+    assert not found.faults(), "\n".join(found.faults())
+    assert found.text.count("AllocateBuffer") >= 4 and not re.search(r"S\(5\)\} copy\(", found.text)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi", "gpt_oss"])
