@@ -91,15 +91,18 @@ class Probe(Keep):
         place[key] = jax.ShapeDtypeStruct(value.shape, value.dtype)
         return value
 
-    def buffers(self, count: int) -> Buffers:
+    def buffers(self, count: int, number: int = 0) -> Buffers:
         """Room for `count` layers, not cleared: every element is written before it is read.
 
-        The host's is asked for as a constant, which XLA does not write, each a different one: equal ones would be one
-        buffer, of which it makes copies, on the host: 239 of 654 ms a step of GPT-OSS 20B, whose layers come in pairs.
+        The host's is asked for as a constant, which XLA does not write: `number` and those that follow. Of equal ones
+        it would make one buffer and copies of it, on the host: 239 of 654 ms a step of GPT-OSS 20B, layers in pairs.
         """
         return Buffers(
             {key: uninitialised((count, *s.shape), s.dtype) for key, s in self.device.items()},
-            {key: to_host(jnp.full((count, *s.shape), n, s.dtype)) for n, (key, s) in enumerate(self.host.items())},
+            {
+                key: to_host(jnp.full((count, *s.shape), number + n, s.dtype))
+                for n, (key, s) in enumerate(self.host.items())
+            },
         )
 
 

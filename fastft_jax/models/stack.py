@@ -50,14 +50,15 @@ def run_layers(
 def _forward(layer, count, policy, x, trainable, frozen):
     kept, totals = [], []
     for part in parts(policy, count):
-        x, total, buffers = _forward_part(layer, part, x, trainable, frozen)
+        on_host = sum(len(buffers.host) for buffers in kept)
+        x, total, buffers = _forward_part(layer, part, x, trainable, frozen, on_host)
         kept.append(buffers)
         totals.append(total)
     return (x, functools.reduce(_add, totals)), (kept, trainable, frozen)
 
 
-def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen) -> tuple[Array, Any, Buffers]:
-    """x after the layers of `part`, the sum of their addends, and what they keep."""
+def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen, on_host: int) -> tuple[Array, Any, Buffers]:
+    """x after the layers of `part`, the sum of their addends, and what they keep; `on_host` buffers are there."""
 
     def run(x, index, keep):
         return layer(keep(LAYER_INPUT, x), _at(trainable, index), frozen, index, keep)
@@ -71,7 +72,8 @@ def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen) -> tuple[Arr
         x, addend = run(x, index, keep)
         return x, _add(total, addend), keep.buffers
 
-    return lax.fori_loop(part.start, part.stop, body, (x, _zeros(addend), probe.buffers(part.stop - part.start)))
+    buffers = probe.buffers(part.stop - part.start, on_host)
+    return lax.fori_loop(part.start, part.stop, body, (x, _zeros(addend), buffers))
 
 
 def _backward(layer, count, policy, residuals, cotangents):
