@@ -89,7 +89,7 @@ class ExpertLinear(Linear):
     """E linears side by side, `y[m] = x[m] W_e^T + scaling (x[m] A_e^T) B_e^T` for the rows m of expert e.
 
     weight [L, E, N, K]; lora_A [r, E, R, K] and lora_B [r, E, N, R]; no dropout. Called through `project_experts`,
-    which leaves the bias [L, E, N], if there is one, to the caller.
+    which adds the bias [L, E, N], if there is one and it is frozen, and leaves a trained one to the caller.
     """
 
     def __init__(self, weight, num_experts: int, bias=None):
@@ -103,7 +103,8 @@ def project_experts(
     """The outputs of linears that read the same rows, sorted by expert (`sizes` of each), side by side in one array."""
     if _trained(linears):
         return trained_experts(x, sizes, tuple(m.weight.get_value() for m in linears))
-    return grouped_lora_linear(x, sizes, [_projection(m) for m in linears], [m.scaling for m in linears], keep)
+    projections, scalings = [_projection(m) for m in linears], [m.scaling for m in linears]
+    return grouped_lora_linear(x, sizes, projections, scalings, keep, _frozen_biases(linears))
 
 
 def project_experts_glu(
@@ -114,13 +115,23 @@ def project_experts_glu(
     keep: Keep,
     activation: Activation,
 ) -> Float[Array, "M D"]:
-    """`linear(weight * act(gate) * up)` of rows sorted by expert, each with its float32 weight."""
+    """`weight * linear(act(gate) * up)` of rows sorted by expert, each with its float32 weight.
+
+    A trained bias is left to the caller, weighted as well.
+    """
     if _trained((linear,)):
         act = glu(gate_up.read(), activation=activation, row_weight=weight)
         return project_experts((linear,), act, sizes, keep)
     value, stack, index = gate_up
-    options = dict(activation=activation, stack=stack, index=index, keep=keep)
+    options = dict(activation=activation, stack=stack, index=index, keep=keep, bias=_frozen_biases((linear,)))
     return grouped_glu_linear(value, weight, sizes, _projection(linear), linear.scaling, **options)
+
+
+def _frozen_biases(linears: Sequence[ExpertLinear]) -> Float[Array, "E N"] | None:
+    """Those of several linears side by side."""
+    if any(m.bias is None or isinstance(m.bias, nnx.Param) for m in linears):
+        return None
+    return jnp.concatenate([m.bias.get_value() for m in linears], axis=1)
 
 
 def project(

@@ -84,28 +84,27 @@ class Experts(nnx.Module):
         k = experts.shape[1]
         order, place, sizes = sort_by_expert(experts, self.down_proj.num_experts)
         rows, expert = spread(k, x, order, place), experts.reshape(-1)[order]
+        trained = isinstance(self.down_proj.bias, nnx.Param)  # frozen biases are part of the products
         linears = (self.gate_up_proj,) if self.fused else (self.gate_proj, self.up_proj)
         gate_up = project_experts(linears, rows, sizes, keep)
-        if linears[0].bias is not None:
+        if trained:
             gate_up = gate_up + bias_rows(linears, expert).astype(x.dtype)
         weight = spread(1, weights.reshape(-1, 1), order, place)  # [M k, 1], in the rows' order
         # Weighted before the last product and not behind it: its result is then not needed for the weights' gradient.
         gate_up = keep.slot("gate_up", gate_up)
         out = project_experts_glu(self.down_proj, gate_up, weight[:, 0], sizes, keep, self.activation)
-        if self.down_proj.bias is not None:
-            out = out + (bias_rows((self.down_proj,), expert).astype(jnp.float32) * weight).astype(out.dtype)
+        if trained:
+            out = out + (bias_rows((self.down_proj,), expert) * weight).astype(out.dtype)
         return collect(k, out, order, place)
 
 
 def bias_rows(linears: Sequence[ExpertLinear], expert: Int[Array, "Mk"]) -> Float[Array, "Mk N"]:
-    """Of each row its expert's biases, those of several linears side by side.
+    """Of each row its expert's biases, float32, those of several linears side by side.
 
-    Trained ones, float32, are picked by a product with ones and zeros: exact, and its derivative, the sum over an
-    expert's rows, is a product in float32 and no scatter of colliding rows.
+    They are picked by a product with ones and zeros: exact, and its derivative, the sum over an expert's rows, is a
+    product in float32 and no scatter of colliding rows.
     """
     biases = jnp.concatenate([m.bias.get_value() for m in linears], axis=1)
-    if not isinstance(linears[0].bias, nnx.Param):
-        return biases[expert]
     return contract(jax.nn.one_hot(expert, biases.shape[0], dtype=biases.dtype), biases, 1, 0, biases.dtype)
 
 

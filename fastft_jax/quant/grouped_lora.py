@@ -2,7 +2,8 @@
 
 y_i[m] = x[m] W_ie^T + s_i (x[m] A_ie^T) B_ie^T for the rows m of expert e; i = 1..G linears read the same x. As
 `lora_linear`, for one matrix an expert: W is quantised (decoded again in the backward pass) or plain, and frozen; all G
-are one product with [W_1e; ..; W_Ge], an expert's rows below each other, and a block-diagonal B_e = (s_i B_ie).
+are one product with [W_1e; ..; W_Ge], an expert's rows below each other, and a block-diagonal B_e = (s_i B_ie). Frozen
+biases are one more column of B_e, against a column of ones beside the low-rank h: they cost no pass over y.
 """
 
 import functools
@@ -20,6 +21,8 @@ from fastft_jax.quant.int8 import Int8Array
 from fastft_jax.quant.lora_linear import Projection, decoded_in_place, rank_slices
 from fastft_jax.quant.nf4 import NF4Array, dequantize_stack
 
+COLUMNS = 16  # the least depth of the kernel's step
+
 
 def grouped_lora_linear(
     x: Float[Array, "M K"],
@@ -27,31 +30,33 @@ def grouped_lora_linear(
     projections: Sequence[Projection],
     scalings: Sequence[float],
     keep: Callable[[str, Array], Array] = lambda name, value: value,
+    bias: Float[Array, "E N"] | None = None,
 ) -> Float[Array, "M N"]:
     """The outputs of all projections side by side, [M, N_1 + .. + N_G], in x.dtype; differentiable in x, A and B.
 
     Each projection has a weight [E, N, K] and, if it is adapted, float32 A [E, R, K] and B [E, N, R]. The first
     sizes[0] rows of x are expert 0's, and so on; the sizes sum to M. dA and dB come out of float32 accumulators.
+    `bias`, of all projections side by side, is cast to x.dtype, added in the accumulator, and takes no gradient.
     """
     projections = tuple(projections)
     h = inner(*lax.stop_gradient((x, sizes, projections)))
-    return _grouped(x, sizes, None if h is None else keep("lora_h", h), projections, tuple(scalings))
+    return _grouped(x, sizes, None if h is None else keep("lora_h", h), bias, projections, tuple(scalings))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(x, sizes, h, projections, scalings):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _grouped(x, sizes, h, bias, projections, scalings):
     """The product given h; h takes no gradient: A's is computed with the rest."""
-    return outputs(x, h, sizes, projections, scalings)
+    return outputs(x, h, sizes, projections, scalings, bias)
 
 
-def _forward(x, sizes, h, projections, scalings):
-    return _grouped(x, sizes, h, projections, scalings), (x, sizes, h, projections)
+def _forward(x, sizes, h, bias, projections, scalings):
+    return _grouped(x, sizes, h, bias, projections, scalings), (x, sizes, h, projections)
 
 
 def _backward(scalings, residuals, dy):
     x, sizes, h, projections = residuals
-    dx, dh = input_gradient(dy, sizes, projections, scalings)
-    return dx, None, None, adapter_gradients(x, h, dh, dy, sizes, projections, scalings)
+    dx, dh, _ = input_gradient(dy, sizes, projections, scalings)
+    return dx, None, None, None, adapter_gradients(x, h, dh, dy, sizes, projections, scalings)
 
 
 _grouped.defvjp(_forward, _backward)
@@ -63,22 +68,41 @@ def inner(x: Float[Array, "M K"], sizes: Int[Array, "E"], projections: Sequence[
 
 
 def outputs(
-    x: Float[Array, "M K"], h: Float[Array, "M R"] | None, sizes: Int[Array, "E"], projections, scalings
+    x: Float[Array, "M K"],
+    h: Float[Array, "M R"] | None,
+    sizes: Int[Array, "E"],
+    projections: Sequence[Projection],
+    scalings: Sequence[float],
+    bias: Float[Array, "E N"] | None = None,
+    scale: Float[Array, "M"] | None = None,
 ) -> Float[Array, "M N"]:
-    """x[m] W_e^T + h[m] B_e^T."""
-    low_rank = None if h is None else (h, _block_diagonal(projections, scalings, x.dtype))
-    return grouped_matmul(x, _all_weights(projections, x.dtype), sizes, low_rank)
+    """x[m] W_e^T + h[m] B_e^T + scale[m] bias_e; without a scale it is 1."""
+    b = _low_rank(projections, scalings, bias, x.dtype)
+    if bias is not None:
+        h = _with_column(h, jnp.ones(len(x), x.dtype) if scale is None else scale.astype(x.dtype))
+    return grouped_matmul(x, _all_weights(projections, x.dtype), sizes, None if b is None else (h, b))
 
 
 def input_gradient(
-    dy: Float[Array, "M N"], sizes: Int[Array, "E"], projections: Sequence[Projection], scalings: Sequence[float]
-) -> tuple[Float[Array, "M K"], Float[Array, "M R"] | None]:
-    """dx[m] = dy[m] W_e + dh[m] A_e, and dh[m] = dy[m] B_e."""
-    dh = low_rank = None
-    if _adapted(projections):
-        dh = grouped_matmul_transposed(dy, _block_diagonal(projections, scalings, dy.dtype), sizes)
+    dy: Float[Array, "M N"],
+    sizes: Int[Array, "E"],
+    projections: Sequence[Projection],
+    scalings: Sequence[float],
+    bias: Float[Array, "E N"] | None = None,
+) -> tuple[Float[Array, "M K"], Float[Array, "M R"] | None, Float[Array, "M"] | None]:
+    """dx[m] = dy[m] W_e + dh[m] A_e, and dh[m] = dy[m] B_e; with a bias d_scale[m] = dy[m] bias_e, too.
+
+    dx and dh do not depend on the bias. d_scale, in dy's dtype, is a column of the product that gives dh.
+    """
+    b = _low_rank(projections, scalings, bias, dy.dtype)
+    dh = None if b is None else grouped_matmul_transposed(dy, b, sizes)
+    low_rank = d_scale = None
+    if bias is not None:
+        rank = _rank_slices(projections)[-1].stop
+        dh, d_scale = dh[:, :rank] if rank else None, dh[:, rank]
+    if dh is not None:
         low_rank = dh, _all_a(projections, dy.dtype)
-    return grouped_matmul_transposed(dy, _all_weights(projections, dy.dtype), sizes, low_rank), dh
+    return grouped_matmul_transposed(dy, _all_weights(projections, dy.dtype), sizes, low_rank), dh, d_scale
 
 
 def adapter_gradients(x, h, dh, dy, sizes, projections: Sequence[Projection], scalings) -> tuple[Projection, ...]:
@@ -109,6 +133,19 @@ def _rank_slices(projections: Sequence[Projection]) -> list[slice]:
 
 def _all_a(projections: Sequence[Projection], dtype) -> Float[Array, "E R K"]:
     return jnp.concatenate([p.a.astype(dtype) for p in projections if p.a is not None], axis=1)
+
+
+def _low_rank(projections: Sequence[Projection], scalings, bias: Float[Array, "E N"] | None, dtype) -> Array | None:
+    """[B_e, bias_e], what h and the column beside it are multiplied with; None where there is neither."""
+    b = _block_diagonal(projections, scalings, dtype) if _adapted(projections) else None
+    return b if bias is None else _with_column(b, bias.astype(dtype))
+
+
+def _with_column(matrix: Float[Array, "*X R"] | None, column: Float[Array, "*X"]) -> Float[Array, "*X any"]:
+    """[matrix, column, 0, ..]: a multiple of 16 columns, so that every row's loads stay aligned."""
+    parts = [column[..., None]] if matrix is None else [matrix, column[..., None]]
+    wide = jnp.concatenate(parts, axis=-1)
+    return jnp.pad(wide, [(0, 0)] * column.ndim + [(0, -wide.shape[-1] % COLUMNS)])
 
 
 def _block_diagonal(projections: Sequence[Projection], scalings: Sequence[float], dtype) -> Float[Array, "E N R"]:

@@ -43,16 +43,21 @@ def linear64(x, w, a, b, s):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_values_and_gradients_equal_float64(quantised, monkeypatch):
+@pytest.mark.parametrize(
+    ("quantised", "ranks", "biased"),
+    [(False, (3, None, 5, 2), False), (True, (3, None, 5, 2), True), (False, (None,) * 4, True)],
+    ids=["adapted", "adapted_nf4_biased", "biased"],
+)
+def test_values_and_gradients_equal_float64(quantised, ranks, biased, monkeypatch):
     """gate, up (without an adapter), a third, side by side, and down behind the weighted activation of the first two.
+    Biases are frozen, and down's is weighted as the activation is.
 
     Quantised, as on a GPU: the kernel decodes several linears among each other's rows, straight from the stack. float32
     sums of at most 168 products of normal numbers, in float32: 1e-5 of the largest value.
     """
     monkeypatch.setattr(kernel, "kernel_takes", lambda codes: quantised)
     made = [experts(i, n, k, quantised) for i, (n, k) in enumerate([(F, K), (F, K), (D, K), (D, F)])]
-    ranks = (3, None, 5, 2)
+    biases = [normal(40, E, 2 * F + D), normal(41, E, D)] if biased else [None, None]
     pairs = [
         (None, None) if r is None else (normal(10 + i, E, r, k), normal(20 + i, E, n, r))
         for i, (r, (n, k)) in enumerate(zip(ranks, [(F, K), (F, K), (D, K), (D, F)], strict=True))
@@ -61,26 +66,33 @@ def test_values_and_gradients_equal_float64(quantised, monkeypatch):
     weights = [ours for ours, _ in made]
 
     @jax.jit
-    def run(x, weight, pairs, weights, dy):
+    def run(x, weight, pairs, weights, biases, dy):
         def both(x, weight, pairs):
             sizes = jnp.array(SIZES)
             first = [Projection(w, *pair) for w, pair in zip(weights[:3], pairs[:3], strict=True)]
-            y = grouped_lora_linear(x, sizes, first, SCALINGS)
+            y = grouped_lora_linear(x, sizes, first, SCALINGS, bias=biases[0])
             last = Projection(weights[3], *pairs[3])
-            return jnp.concatenate([y[:, 2 * F :], grouped_glu_linear(y[:, : 2 * F], weight, sizes, last, 1.5)], axis=1)
+            out = grouped_glu_linear(y[:, : 2 * F], weight, sizes, last, 1.5, bias=biases[1])
+            return jnp.concatenate([y[:, 2 * F :], out], axis=1)
 
         y, vjp = jax.vjp(both, x, weight, pairs)
         return y, vjp(dy)
 
-    y, (dx, d_weight, d_pairs) = run(x, weight, pairs, weights, dy)
+    y, (dx, d_weight, d_pairs) = run(x, weight, pairs, weights, biases, dy)
 
     leaf = lambda a: torch.tensor(np.asarray(a), dtype=torch.float64, requires_grad=True)  # noqa: E731
     x64, weight64 = leaf(x), leaf(weight)
     pairs64 = [tuple(None if p is None else leaf(p) for p in pair) for pair in pairs]
     plain = [torch.tensor(np.asarray(w), dtype=torch.float64) for _, w in made]
-    gate, up, third = (linear64(x64, w, *p, s) for w, p, s in zip(plain[:3], pairs64[:3], SCALINGS, strict=True))
-    act = torch.nn.functional.silu(gate) * up * weight64[:, None]
-    expected = torch.cat([third, linear64(act, plain[3], *pairs64[3], 1.5)], dim=1)
+    first, last = (
+        0 if b is None else torch.tensor(np.asarray(b).repeat(SIZES, axis=0), dtype=torch.float64) for b in biases
+    )
+    three = torch.cat(
+        [linear64(x64, w, *p, s) for w, p, s in zip(plain[:3], pairs64[:3], SCALINGS, strict=True)], dim=1
+    )
+    gate, up, third = (three + first).split((F, F, D), dim=1)
+    act = torch.nn.functional.silu(gate) * up
+    expected = torch.cat([third, (linear64(act, plain[3], *pairs64[3], 1.5) + last) * weight64[:, None]], dim=1)
     expected.backward(torch.tensor(np.asarray(dy), dtype=torch.float64))
 
     wanted = [expected.detach(), x64.grad, weight64.grad, *(p.grad for pair in pairs64 for p in pair if p is not None)]
