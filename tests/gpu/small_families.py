@@ -85,8 +85,9 @@ def weights(config: DecoderConfig, dtype: Any, load_in_4bit: bool):
     return load
 
 
-def base(model_type: str, *, dtype: Any = jnp.bfloat16, load_in_4bit: bool = True) -> FastLanguageModel:
-    values = hf_config(model_type)
+def base(model_type: str, *, dtype: Any = jnp.bfloat16, load_in_4bit: bool = True, **more: Any) -> FastLanguageModel:
+    """The family's model; `more` are values of its config.json."""
+    values = hf_config(model_type) | more
     config, names = config_from_hf(values)
     decoder = Decoder(config, weights(config, dtype, load_in_4bit), dtype)
     return FastLanguageModel(decoder, names, values, name="random", max_seq_length=TOKENS)

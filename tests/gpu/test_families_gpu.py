@@ -77,10 +77,17 @@ def test_lora_on_nf4_trains_as_with_the_references(model_type):
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_what_layers_that_come_in_pairs_offload_is_not_copied_on_the_host(model_type):
-    """Two values of one shape a turn of the loop: their host buffers must not be one that XLA copies every step."""
-    found = small.compare(small.adapted(small.base(model_type)).decoder, "offload")
-    assert not found.faults(), "\n".join(found.faults())
-    assert found.text.count("AllocateBuffer") >= 4 and not re.search(r"S\(5\)\} copy\(", found.text)
+    """Two values of one shape a turn of the loop: their host buffers must not be one that XLA copies every step.
+
+    Two turns: a loop of one is no loop, and XLA keeps nothing on the host. Gradients are those of keeping everything:
+    the same operations, fused by XLA in other ways, so that bfloat16 roundings may tip (2.7% of a leaf on a CPU).
+    """
+    decoder = small.adapted(small.base(model_type, num_hidden_layers=2 * small.LAYERS)).decoder
+    ours, kept = small.compute(decoder, "offload"), small.compute(decoder, "none")
+    assert ours.text.count("AllocateBuffer") == 4 and not re.search(r"S\(5\)\} copy\(", ours.text)
+    assert abs(ours.loss - kept.loss) < 1e-3 * kept.loss
+    off = {name: np.linalg.norm(ours.grads[name] - g) / np.linalg.norm(g) for name, g in kept.grads.items()}
+    assert max(off.values()) < 0.05, off
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi", "gpt_oss"])
