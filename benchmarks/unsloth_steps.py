@@ -1,7 +1,7 @@
 """Training speed of Unsloth on the work of `python -m fastft_jax.bench --config FILE --policy none`: the same geometry,
 random weights, rank, batch and optimizer.
 
-    python benchmarks/unsloth_steps.py --config benchmarks/peers_configs/qwen3-8b.json --out unsloth.jsonl
+    python benchmarks/unsloth_steps.py --config benchmarks/configs/qwen3-8b.json --out unsloth.jsonl
 
 A LoRA training step of an NF4 base (double quantisation, bf16 compute; rank 32, alpha 32, no dropout, on q, k, v, o,
 gate, up and down; 2 x 4096 random ids, all labels valid; bitsandbytes' AdamW8bit, gradients clipped to norm 1, no
