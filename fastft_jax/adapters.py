@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastft_jax.convert import peft, peft_experts, peft_targets
+from fastft_jax.convert import peft
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.original_weights import OriginalWeights
-from fastft_jax.convert.peft_fused import fused, is_fused, split
-from fastft_jax.convert.peft_names import PREFIX
+from fastft_jax.convert.peft import experts as peft_experts
+from fastft_jax.convert.peft import targets as peft_targets
+from fastft_jax.convert.peft.fused import fused, is_fused, split
+from fastft_jax.convert.peft.names import PREFIX
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models import adapter_swap, lora, lora_ends, lora_starts, whole_modules
 from fastft_jax.models.decoder import Decoder

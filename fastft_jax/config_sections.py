@@ -209,7 +209,7 @@ class ExportSection(Options):
     @field_validator("max_shard_size")
     @classmethod
     def _size(cls, value: Any) -> Any:
-        from fastft_jax.convert.safetensors_writer import parse_size
+        from fastft_jax.convert.safetensors.writer import parse_size
 
         parse_size(value)
         return value

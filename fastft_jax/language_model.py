@@ -14,13 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastft_jax.adapters import DEFAULT_NAME, Adapters
-from fastft_jax.convert import peft, peft_experts
+from fastft_jax.convert import peft
 from fastft_jax.convert.gguf import open_gguf
 from fastft_jax.convert.hf import load_decoder, read_config
 from fastft_jax.convert.hf_writer import verify_model, write_model
 from fastft_jax.convert.hub import resolve_model
-from fastft_jax.convert.save_adapter import save_adapter
-from fastft_jax.convert.save_merged import save_merged
+from fastft_jax.convert.merged.save import save_merged
+from fastft_jax.convert.peft import experts as peft_experts
+from fastft_jax.convert.peft.save import save_adapter
 from fastft_jax.convert.tokenizer import load_tokenizer
 from fastft_jax.convert.upload import push_to_hub
 from fastft_jax.errors import CheckpointError, ConfigError
@@ -297,7 +298,7 @@ class FastLanguageModel(Adapters):
     ) -> Any:
         """Write the model with its adapter merged in ("merged_16bit", "merged_4bit"), or the adapter alone ("lora").
 
-        options as in `fastft_jax.convert.save_merged.save_merged` (base, dtype, max_shard_size, overwrite, verify,
+        options as in `fastft_jax.convert.merged.save.save_merged` (base, dtype, max_shard_size, overwrite, verify,
         rows, token). Returns what was written and how it compares with this model, read back.
         """
         if save_method == "lora":

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from fastft_jax.convert import fp8_blocks
 from fastft_jax.convert.bitsandbytes import Packed, belongs_to, packed_matrices
-from fastft_jax.convert.bitsandbytes_8bit import DecodedInt8, PackedInt8, int8_matrices
+from fastft_jax.convert.bitsandbytes.eight_bits import DecodedInt8, PackedInt8, int8_matrices
 from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError, ConfigError

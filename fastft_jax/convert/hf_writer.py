@@ -12,7 +12,7 @@ from fastft_jax.convert.fused_entries import fused_entries
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, layout
 from fastft_jax.convert.model_files import own_code
 from fastft_jax.convert.safetensors import Checkpoint
-from fastft_jax.convert.safetensors_writer import write_sharded
+from fastft_jax.convert.safetensors.writer import write_sharded
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.families.names import NameTable

@@ -17,7 +17,7 @@ from fastft_jax.convert.gguf.architectures import ARCHITECTURES, architecture_of
 from fastft_jax.convert.gguf.export import file_stem
 from fastft_jax.convert.gguf.modelfile import derive_turns, modelfile
 from fastft_jax.convert.hf import tensor_requests
-from fastft_jax.convert.merge import merged_tensors
+from fastft_jax.convert.merged.merge import merged_tensors
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.export import Settings, export
 from fastft_jax.models.families.registry import config_from_hf

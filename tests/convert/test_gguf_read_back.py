@@ -7,10 +7,10 @@ import torch
 import transformers
 
 from fastft_jax import FastLanguageModel
-from fastft_jax.convert import merge
 from fastft_jax.convert.gguf import export
 from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.read_back import file_logits, method_bound
+from fastft_jax.convert.merged import merge
 from fastft_jax.convert.read_back import compare
 from fastft_jax.convert.sample_rows import ROW_LENGTH, TEXT, comparison_rows
 from fastft_jax.errors import CheckpointError, ConfigError

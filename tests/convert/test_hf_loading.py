@@ -134,7 +134,7 @@ def _sparse_checkpoint(folder, layers: int) -> tuple[int, int]:
     Reading a hole fills the reader's buffer like any other bytes, which is all that counts here.
     """
     from fastft_jax.convert.hf import tensor_requests
-    from fastft_jax.convert.safetensors_header import encode_header
+    from fastft_jax.convert.safetensors.header import encode_header
     from fastft_jax.models.families.registry import config_from_hf
 
     values = {

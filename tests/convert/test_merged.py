@@ -368,13 +368,13 @@ def test_memory_holds_a_few_tensors_however_many_there_are(tmp_path, monkeypatch
 KILLED = """
 import sys, time
 from fastft_jax import FastLanguageModel
-from fastft_jax.convert import save_merged
+from fastft_jax.convert.merged import save
 model, _ = FastLanguageModel.from_pretrained(sys.argv[1], load_in_4bit=False, dtype="float32")
-real = save_merged.copy_beside
+real = save.copy_beside
 def slow(*arguments):
     print("half", flush=True)
     time.sleep(60)
-save_merged.copy_beside = slow
+save.copy_beside = slow
 model.save_pretrained_merged(sys.argv[2])
 """
 

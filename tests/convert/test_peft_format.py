@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from fastft_jax.convert import peft as ours
-from fastft_jax.convert.peft_names import current_names
+from fastft_jax.convert.peft.names import current_names
 from fastft_jax.convert.safetensors import SafetensorsFile, write_safetensors
 from fastft_jax.errors import CheckpointError, ConfigError
 

@@ -15,12 +15,12 @@ import safetensors.numpy as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastft_jax.convert import safetensors_writer
 from fastft_jax.convert.safetensors import (
     Checkpoint,
     SafetensorsFile,
     write_safetensors,
     write_sharded,
+    writer,
 )
 from fastft_jax.errors import CheckpointError, ConfigError
 
@@ -171,13 +171,13 @@ def test_a_tensor_larger_than_the_shard_size_gets_a_shard_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("size, expected", [("5GB", 5 * 10**9), ("1.5 KiB", 1536), (7, 7), ("200kb", 200_000)])
 def test_sizes_are_read_as_transformers_reads_them(size, expected):
-    assert safetensors_writer.parse_size(size) == expected
+    assert writer.parse_size(size) == expected
 
 
 @pytest.mark.parametrize("size", ["five", "5XB", "0", -1, ""])
 def test_a_wrong_size_is_a_config_error(size):
     with pytest.raises(ConfigError):
-        safetensors_writer.parse_size(size)
+        writer.parse_size(size)
 
 
 def test_a_single_file_wins_over_an_index_as_in_transformers(sharded):

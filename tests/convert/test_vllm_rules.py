@@ -3,7 +3,7 @@
 import pytest
 
 from fastft_jax.convert import peft
-from fastft_jax.convert.vllm_rules import serving_rank, vllm_refusals
+from fastft_jax.convert.peft.vllm import serving_rank, vllm_refusals
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 PLAIN = [f"{LORA}A.weight", f"{LORA}B.weight"]

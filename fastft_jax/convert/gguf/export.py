@@ -29,7 +29,7 @@ from fastft_jax.convert.gguf.parts import parts_of, shapes_of_parts, split
 from fastft_jax.convert.gguf.read_back import ReadBack
 from fastft_jax.convert.gguf.vocabulary import read_vocabulary
 from fastft_jax.convert.gguf.writer import File, Tensor, write_gguf
-from fastft_jax.convert.merge import MergedTensor, merged_layout
+from fastft_jax.convert.merged.merge import MergedTensor, merged_layout
 from fastft_jax.convert.read_back import Difference
 from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.errors import ConfigError

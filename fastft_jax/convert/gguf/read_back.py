@@ -19,8 +19,8 @@ from fastft_jax.convert.gguf.file import GGUFFile
 from fastft_jax.convert.gguf.parts import join, parts_of
 from fastft_jax.convert.gguf.recipes import METHODS
 from fastft_jax.convert.hf import dtype_of
+from fastft_jax.convert.merged.save import difference_bound, live_logits
 from fastft_jax.convert.read_back import Difference, compare, layered_logits
-from fastft_jax.convert.save_merged import difference_bound, live_logits
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models.config import DecoderConfig
 from fastft_jax.models.decoder import Decoder

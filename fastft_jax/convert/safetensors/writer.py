@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastft_jax.convert.atomic import check_free_space, write_all, write_bytes, write_file
-from fastft_jax.convert.safetensors_header import Layout, encode_header, nbytes
+from fastft_jax.convert.safetensors.header import Layout, encode_header, nbytes
 from fastft_jax.errors import CheckpointError, ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.fused_experts import TURNS
-from fastft_jax.convert.peft_experts import DOWN, GATE_UP
-from fastft_jax.convert.peft_names import parse_name
+from fastft_jax.convert.peft.experts import DOWN, GATE_UP
+from fastft_jax.convert.peft.names import parse_name
 from fastft_jax.errors import CheckpointError
 
 _FUSED = re.compile(r"(?P<experts>.*\.experts)(?P<inner>\.base_layer)?\.lora_(?P<half>[AB])\.weight")

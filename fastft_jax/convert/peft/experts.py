@@ -8,7 +8,7 @@ parameter to PEFT, with the pairs of both side by side: twice the rank and, so t
 (times sqrt(2) with rsLoRA). Inside this package such an adapter is one with plain target_modules.
 
 Where checkpoints themselves hold both in one parameter (gate_up_proj), there is one pair for both, in the layout of
-peft_fused.py, and a rank and alpha as everywhere.
+fused.py, and a rank and alpha as everywhere.
 """
 
 import math
@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fastft_jax.convert.peft_names import parse_name
-from fastft_jax.convert.peft_targets import condense_targets, value_of
+from fastft_jax.convert.peft.names import parse_name
+from fastft_jax.convert.peft.targets import condense_targets, value_of
 from fastft_jax.errors import ConfigError
 
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"

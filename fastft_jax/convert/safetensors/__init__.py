@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: a lazy reader of Hugging Face folders, and (from safetensors_writer) the writers.
+"""Safetensors checkpoints: a lazy reader of Hugging Face folders, and (from writer.py) the writers.
 
 Tensors are read with plain file reads into buffers of their own. A memory map would be shorter, but its touched pages
 count as this process's memory, and a 16 GB checkpoint would appear to need 16 GB of RAM.
@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder
-from fastft_jax.convert.safetensors_header import TensorInfo, parse_json_object, read_header
-from fastft_jax.convert.safetensors_writer import write_safetensors, write_sharded, write_streamed
+from fastft_jax.convert.safetensors.header import TensorInfo, parse_json_object, read_header
+from fastft_jax.convert.safetensors.writer import write_safetensors, write_sharded, write_streamed
 from fastft_jax.errors import CheckpointError
 
 __all__ = [

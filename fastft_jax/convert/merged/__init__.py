@@ -21,9 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fastft_jax.convert.bitsandbytes import packed_matrices
-from fastft_jax.convert.bitsandbytes_8bit import int8_matrices
+from fastft_jax.convert.bitsandbytes.eight_bits import int8_matrices
 from fastft_jax.convert.hf import FLOATS, dtype_of, tensor_requests
-from fastft_jax.convert.merge import adapter_of, added_bias, folded, one_of, require_biases, with_own_tokens
+from fastft_jax.convert.merged.merge import adapter_of, added_bias, folded, one_of, require_biases, with_own_tokens
 from fastft_jax.convert.safetensors import Checkpoint
 from fastft_jax.errors import CheckpointError
 from fastft_jax.models import lora

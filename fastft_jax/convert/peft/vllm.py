@@ -6,7 +6,7 @@ Rules of vLLM 0.33, read from its adapter reader (PEFTHelper and LoRAModel).
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastft_jax.convert.peft_names import parse_name
+from fastft_jax.convert.peft.names import parse_name
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` takes; 16 unless given
 DEFAULT_MAX_LORA_RANK = 16

@@ -1,6 +1,6 @@
 """A merged checkpoint in bitsandbytes's NF4: what transformers loads in 4 bits as it is.
 
-Matrices inside the layers are packed, one tensor of codes and its scales each, as `convert/bitsandbytes.py` describes;
+Matrices inside the layers are packed, one tensor of codes and its scales each, as `convert/bitsandbytes/` describes;
 everything else stays in 16 bits, as bitsandbytes leaves it: experts, too. A matrix without an adapter keeps its codes
 and scales bit for bit; one with an adapter is merged in float32 and encoded anew, so a change smaller than half a step
 of the 4-bit grid is lost in it.

@@ -48,7 +48,7 @@ def packed_matrices(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]
 
 def belongs_to(name: str) -> str:
     """The matrix that a tensor is a part of, by its name: `a.weight.absmax` -> `a.weight`."""
-    if name.endswith((".SCB", ".weight_format")):  # of LLM.int8: bitsandbytes_8bit.py
+    if name.endswith((".SCB", ".weight_format")):  # of LLM.int8: eight_bits.py
         return f"{name.rpartition('.')[0]}.weight"
     for suffix in (f".{STATE}nf4", ".quant_map", _NESTED_LEVELS, _NESTED, _LEVELS):
         if name.endswith(suffix):

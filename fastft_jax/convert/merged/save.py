@@ -17,14 +17,14 @@ from fastft_jax.convert.fused_entries import fused_entries
 from fastft_jax.convert.fused_experts import FusedExperts
 from fastft_jax.convert.hub import resolve_model
 from fastft_jax.convert.merged import Entry, Weights, entries_16bit, entries_beside, layout
-from fastft_jax.convert.merged_4bit import entries_4bit, packed_leaves, quantization_config, unpacked_modules
+from fastft_jax.convert.merged.four_bits import entries_4bit, packed_leaves, quantization_config, unpacked_modules
 from fastft_jax.convert.model_card import model_card
 from fastft_jax.convert.model_files import copy_beside, refuse_to_replace, write_config, write_tokenizer
 from fastft_jax.convert.read_back import Difference, compare, folder_logits
 from fastft_jax.convert.rounding import accumulated
 from fastft_jax.convert.safetensors import Checkpoint, write_sharded
-from fastft_jax.convert.safetensors_header import nbytes
-from fastft_jax.convert.safetensors_writer import parse_size
+from fastft_jax.convert.safetensors.header import nbytes
+from fastft_jax.convert.safetensors.writer import parse_size
 from fastft_jax.convert.sample_rows import comparison_rows
 from fastft_jax.errors import CheckpointError, ConfigError
 from fastft_jax.models.compute_dtype import set_compute_dtype

@@ -8,7 +8,7 @@ from fastft_jax.convert.atomic import atomic_folder, write_bytes
 from fastft_jax.convert.model_card import model_card
 from fastft_jax.convert.model_files import refuse_to_replace, write_tokenizer
 from fastft_jax.convert.peft import read_adapter
-from fastft_jax.convert.vllm_rules import vllm_refusals
+from fastft_jax.convert.peft.vllm import vllm_refusals
 from fastft_jax.errors import ConfigError
 
 

@@ -1,7 +1,7 @@
 """PEFT's LoRA adapter folder, read and written: adapter_config.json and adapter_model.safetensors.
 
-The format is what PEFT 0.21.2 writes: same keys, names, dtypes and bytes. The names are in peft_names.py, the rules by
-which target_modules selects modules in peft_targets.py; both are also importable from here.
+The format is what PEFT 0.21.2 writes: same keys, names, dtypes and bytes. The names are in names.py, the rules by
+which target_modules selects modules in targets.py; both are also importable from here.
 """
 
 import json
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from fastft_jax.convert.atomic import atomic_folder, sync_folder, write_bytes
-from fastft_jax.convert.peft_experts import is_per_expert
-from fastft_jax.convert.peft_fused import fused_module, is_fused
-from fastft_jax.convert.peft_names import TensorName, bias_name, current_names, lora_names, parse_name, saved_name
-from fastft_jax.convert.peft_targets import (
+from fastft_jax.convert.peft.experts import is_per_expert
+from fastft_jax.convert.peft.fused import fused_module, is_fused
+from fastft_jax.convert.peft.names import TensorName, bias_name, current_names, lora_names, parse_name, saved_name
+from fastft_jax.convert.peft.targets import (
     ALL_LINEAR,
     check_pattern,
     condense_targets,
@@ -25,7 +25,7 @@ from fastft_jax.convert.peft_targets import (
     value_of,
 )
 from fastft_jax.convert.safetensors import SafetensorsFile, write_safetensors
-from fastft_jax.convert.safetensors_header import parse_json_object
+from fastft_jax.convert.safetensors.header import parse_json_object
 from fastft_jax.errors import CheckpointError, ConfigError
 
 __all__ = [
