@@ -7,11 +7,10 @@ from fastft_jax.errors import ConfigError
 from fastft_jax.models.decoder import Decoder
 from fastft_jax.models.layers import ExpertLinear
 from fastft_jax.models.lora import layer_linears
-from fastft_jax.pallas_kernels.pallas import current_device
+from fastft_jax.pallas_kernels.pallas import FP8_CAPABILITY, current_device
 from fastft_jax.quant.nf4 import NF4Array
 
 COMPUTE_DTYPES = ("fp8",)
-FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 def check_compute_dtype(compute_dtype: str | None, load_in_4bit: bool = True) -> None:

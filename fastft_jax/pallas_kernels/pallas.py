@@ -18,6 +18,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as backend
 
+FP8_CAPABILITY = (8, 9)  # the first cards that convert to e4m3 and multiply in it: Ada; Hopper is 9.0
+
 BlockSpec = pl.BlockSpec
 program_id = pl.program_id
 ds = pl.ds

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fastft_jax.pallas_kernels import pallas
 from fastft_jax.pallas_kernels.case import Case
 from fastft_jax.pallas_kernels.fp8 import glu_reference, glu_triton, norm_reference, norm_triton, reference, triton
 from fastft_jax.pallas_kernels.fp8.reference import Format
@@ -16,7 +17,8 @@ def _case(m: int, k: int, room: int = 0, format: Format = "e4m3") -> Case:
     x = jax.ShapeDtypeStruct((m, k + room), jnp.bfloat16)
     run, plain = (functools.partial(f.quantise_rows, columns=k, format=format) for f in (triton, reference))
     name = f"fp8_quantise_rows_{format}/{m}x{k}{f'+{room}' if room else ''}"
-    return Case(name, run, plain, (x,), bytes=m * (k * 3 + 4))
+    least = pallas.FP8_CAPABILITY
+    return Case(name, run, plain, (x,), bytes=m * (k * 3 + 4), min_compute_capability=least)
 
 
 def _rescale(m: int, n: int, r: int = 64) -> Case:
@@ -65,7 +67,8 @@ def _norm(m: int, d: int, room: int) -> Case:
         functools.partial(module.forward, eps=1e-5, plus_one=False, room=room)
         for module in (norm_triton, norm_reference)
     )
-    return memory_bound(f"fp8_rms_norm/{m}x{d}+{room}", run, plain, *args)
+    case = memory_bound(f"fp8_rms_norm/{m}x{d}+{room}", run, plain, *args)
+    return dataclasses.replace(case, min_compute_capability=pallas.FP8_CAPABILITY)
 
 
 CASES: tuple[Case, ...] = (

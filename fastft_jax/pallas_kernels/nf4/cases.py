@@ -1,5 +1,6 @@
 """NF4 decoding at the sizes of an 8B model, double-quantised: to bfloat16, and to fp8 as rows and transposed."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastft_jax.pallas_kernels import nf4
+from fastft_jax.pallas_kernels import nf4, pallas
 from fastft_jax.pallas_kernels.case import Case
 from fastft_jax.pallas_kernels.nf4 import reference, triton, triton_transposed
 
@@ -54,7 +55,8 @@ def _cases(n: int, k: int) -> Iterator[Case]:
         args = tuple(jax.ShapeDtypeStruct(shape, dtype_) for shape, dtype_ in _specs(groups, scaled))
         plain = functools.partial(_reference, **options, transpose=run is _transposed)
         moved = groups * (33 + 4 / 256) + n * k * np.dtype(dtype).itemsize + nf4.dynamic_map().nbytes
-        yield Case(f"nf4_{name}/{n}x{k}", functools.partial(run, **options), plain, args, bytes=int(moved), draw=draw)
+        case = Case(f"nf4_{name}/{n}x{k}", functools.partial(run, **options), plain, args, bytes=int(moved), draw=draw)
+        yield dataclasses.replace(case, min_compute_capability=pallas.FP8_CAPABILITY) if scaled else case
 
 
 def _specs(groups: int, scaled: bool):
