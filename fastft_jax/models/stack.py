@@ -58,7 +58,8 @@ def _forward(layer, count, policy, x, trainable, frozen):
 
 
 def _forward_part(layer: LayerFn, part: Part, x, trainable, frozen, on_host: int) -> tuple[Array, Any, Buffers]:
-    """x after the layers of `part`, the sum of their addends, and what they keep; `on_host` buffers are there."""
+    """x after the layers of `part`, the sum of their addends, and what they keep; earlier parts have `on_host` buffers
+    on the host."""
 
     def run(x, index, keep):
         return layer(keep(LAYER_INPUT, x), _at(trainable, index), frozen, index, keep)

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 def choose_tile(columns: int, depth: int, dtype, compute_capability: tuple[int, int] | None = None) -> Tile:
     """For a result [any, columns] of sums over `depth`: what fits an L4's 99 KB, and on Hopper twice the columns.
 
-    There 128 x 256 makes each warpgroup's instruction as wide as it can be: 634 TFLOP/s where 128 x 128 reaches 510
+    There 128 x 256 makes each warpgroup's instruction as wide as it can be: 634 TFLOP/s where 128 x 128 reaches 513
     (benchmarks/grouped_tiles.jsonl).
     """
     wide = jnp.dtype(dtype).itemsize == 4
